@@ -1,0 +1,297 @@
+"""BYOL, Bootstrap Your Own Latent (Grill et al. 2020, arXiv:2006.07733): the method and nothing else.
+
+Two views of each image, an online network that predicts what a target network makes of the other view, and the
+target as a slow average of the online network. Values follow the paper's appendix and its official code; the
+operations on pixels follow torchvision.
+"""
+import copy
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's luma
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operations of the colour jitter
+JITTER = (0.4, 0.4, 0.2, 0.1)  # their strengths, in that order
+MAX_SIGMA = 2.0  # of the blur, in pixels of the view
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """The projector and the predictor: Linear, BatchNorm, ReLU, Linear without bias."""
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True),
+                         nn.Linear(hidden_dim, out_dim, bias=False))
+
+
+class BYOL(nn.Module):
+    """Online and target network. The target starts as a copy of the online one, with storage of its own.
+
+    encoder: maps normalised images [N,3,S,S] to features [N,feature_dim]; it becomes `online_encoder`.
+    The target gets no gradient and stays in train mode: its BatchNorm normalises by its own batch, as in the
+    official code. Call `update_target` after each optimizer step.
+    """
+
+    def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 4096, projection_dim: int = 256):
+        super().__init__()
+        self.online_encoder = encoder
+        self.online_projector = mlp(feature_dim, hidden_dim, projection_dim)
+        self.predictor = mlp(projection_dim, hidden_dim, projection_dim)
+        self.target_encoder = copy.deepcopy(self.online_encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.online_projector).requires_grad_(False)
+        # Not a weight: the latest batch's spread, left here so that nobody has to compute an embedding twice.
+        self.register_buffer("spread", torch.zeros(()), persistent=False)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
+        """Mean loss over the batch, summed over both orders of the views: a scalar from 0 to 8.
+
+        Each view passes through the networks by itself, so that BatchNorm never mixes the two.
+        """
+        z1 = self.online_projector(self.online_encoder(view1))  # NxD
+        z2 = self.online_projector(self.online_encoder(view2))
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        with torch.no_grad():
+            t1 = self.target_projector(self.target_encoder(view1))
+            t2 = self.target_projector(self.target_encoder(view2))
+            self.spread.copy_(embedding_spread(z1))
+        return (byol_loss(p1, t2) + byol_loss(p2, t1)).mean()
+
+    @torch.no_grad()
+    def update_target(self, tau: float) -> None:
+        """target = tau * target + (1 - tau) * online, for parameters; BatchNorm's buffers are not averaged."""
+        online = [*self.online_encoder.parameters(), *self.online_projector.parameters()]
+        target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
+        torch._foreach_lerp_(target, online, 1 - tau)
+
+
+def byol_loss(p: Tensor, z: Tensor) -> Tensor:
+    """Squared distance of the two normalised vectors, 2 - 2 cos(p, z), in fp32: [N,D], [N,D] -> [N], 0 to 4."""
+    return 2 - 2 * F.cosine_similarity(p.float(), z.detach().float(), dim=-1)
+
+
+def embedding_spread(z: Tensor) -> Tensor:
+    """Standard deviation over the batch of the normalised embeddings [N,D], averaged over the D dimensions.
+
+    About 1/sqrt(D) when they fill the sphere and 0 when all are the same (collapse); Chen & He 2021, section 4.1.
+    """
+    return F.normalize(z.detach().float(), dim=-1).std(dim=0).mean()
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+# --------------------------------------------------------------------------------------------------- schedules
+
+def target_decay(step: int, total_steps: int, base: float) -> float:
+    """tau of step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, from `base` at 0 to 1 at K."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear from 0 to `peak` over the warm-up, then half a cosine to 0 at `total_steps`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (math.cos(math.pi * progress) + 1) / 2
+
+
+# ------------------------------------------------------------------------------------------------------- views
+
+class View(NamedTuple):
+    """What one view does to each of N images; every field has one row an image."""
+    box: Tensor       # [N,4] top, left, height, width of the crop, whole pixels
+    flip: Tensor      # [N] bool
+    order: Tensor     # [N,4] a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE
+    factor: Tensor    # [N,4] strength of each operation: 1, 1, 1, 0 leave the image as it is
+    gray: Tensor      # [N] bool
+    sigma: Tensor     # [N] of the blur, in pixels; 0 leaves the image as it is
+    solarize: Tensor  # [N] bool
+
+
+def two_views(images: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
+
+    Every image draws its own parameters. They are drawn on the generator's device, so a CPU generator gives the
+    same views on any device; the work on the pixels is done where the images are.
+    """
+    n, _, height, width = images.shape
+    view1 = draw_view(n, height, width, generator, blur_p=1.0, solarize_p=0.0)
+    view2 = draw_view(n, height, width, generator, blur_p=0.1, solarize_p=0.2)
+    return render(images, view1, size), render(images, view2, size)
+
+
+def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_p: float, solarize_p: float,
+              min_area: float = 0.08) -> View:
+    """Draw the parameters of one view of `n` images of `height` x `width` pixels (BYOL, appendix B)."""
+    def uniform(low, high, *shape):
+        return torch.rand(n, *shape, generator=generator, device=generator.device) * (high - low) + low
+
+    jitter = uniform(0, 1) < 0.8
+    strength = torch.tensor(JITTER, device=generator.device)
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=generator.device)
+    factor = neutral + uniform(-1, 1, 4) * strength * jitter[:, None]
+    order = uniform(0, 1, 4).argsort(dim=1)
+    gray = uniform(0, 1) < 0.2
+    sigma = uniform(0.1, MAX_SIGMA) * (uniform(0, 1) < blur_p)
+    solarize = uniform(0, 1) < solarize_p
+    box, flip = draw_crop(n, height, width, generator, min_area)
+    return View(box, flip, order, factor, gray, sigma, solarize)
+
+
+def draw_crop(n: int, height: int, width: int, generator: torch.Generator,
+              min_area: float = 0.08) -> tuple[Tensor, Tensor]:
+    """Boxes [N,4] of random resized crops and flips [N]: area `min_area` to 1, ratio 3/4 to 4/3, log-uniform.
+
+    A side that would leave the image is clamped to it.
+    """
+    u = torch.rand(n, 5, generator=generator, device=generator.device)
+    area = (min_area + u[:, 0] * (1 - min_area)) * height * width
+    ratio = torch.exp((u[:, 1] * 2 - 1) * math.log(4 / 3))  # width over height
+    h = (area / ratio).sqrt().round().clamp(1, height)
+    w = (area * ratio).sqrt().round().clamp(1, width)
+    top = (u[:, 2] * (height - h + 1)).floor().clamp(max=height - 1)
+    left = (u[:, 3] * (width - w + 1)).floor().clamp(max=width - 1)
+    return torch.stack([top, left, h, w], dim=1), u[:, 4] < 0.5
+
+
+def render(images: Tensor, view: View, size: int) -> Tensor:
+    """Apply a view to uint8 images: crop and flip, colour jitter, grayscale, blur, solarize, normalise."""
+    view = View(*(field.to(images.device, non_blocking=True) for field in view))
+    x = crop_resize(images, view.box, view.flip, size)
+    x = color_jitter(x, view.order, view.factor)
+    x = blend(x, torch.where(view.gray, 0.0, 1.0), view.gray.float())
+    x = gaussian_blur(x, view.sigma)
+    x = solarize(x, view.solarize)
+    return normalize(x)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Float images [N,3,H,W] in [0,1] -> mean 0 and standard deviation 1 over ImageNet's colours."""
+    return (x - per_channel(IMAGENET_MEAN, x)) / per_channel(IMAGENET_STD, x)
+
+
+def denormalize(x: Tensor) -> Tensor:
+    """The inverse of `normalize`."""
+    return x * per_channel(IMAGENET_STD, x) + per_channel(IMAGENET_MEAN, x)
+
+
+def per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
+    return torch.tensor(values, device=x.device).view(3, 1, 1)
+
+
+def crop_resize(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Crop each image to its own box, resize, flip: uint8 [N,3,H,W] -> float [N,3,size,size] in [0,1].
+
+    Antialiased bicubic resampling is a linear map of the rows and one of the columns, so each image takes two
+    matrix products, and flipping is reading the second matrix backwards. Bicubic overshoots: clipped to [0,1].
+    """
+    top, left, h, w = box.unbind(dim=1)
+    rows = bicubic_matrix(top, h, images.shape[2], size) / 255  # [N,size,H], and uint8 to [0,1] on the way
+    columns = bicubic_matrix(left, w, images.shape[3], size)    # [N,size,W]
+    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
+    x = rows[:, None] @ images.float()
+    return (x @ columns[:, None].transpose(2, 3)).clamp_(0, 1)
+
+
+def bicubic_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) -> Tensor:
+    """Weights [N,size_out,size_in] that resample pixels start ... start+length as torchvision does (antialiased).
+
+    The kernel is Keys' cubic with a = -0.5; when shrinking it is stretched by the scale, which is the antialiasing.
+    """
+    scale = (length / size_out).view(-1, 1, 1)
+    out = torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5
+    pixel = torch.arange(size_in, device=start.device).view(1, 1, -1) + 0.5
+    d = ((pixel - start.view(-1, 1, 1) - out * scale) / scale.clamp(min=1)).abs().clamp_(max=2)
+    weight = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
+    end = (start + length).view(-1, 1, 1)
+    weight *= (pixel > start.view(-1, 1, 1)) & (pixel < end)
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+def color_jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue of each image [N,3,H,W], by its own factors [N,4] in its own order.
+
+    Three of the four are blends, alike but for their weights, so one pass serves every image whatever its turn.
+    """
+    one, zero = torch.ones_like(factor[:, 0]), torch.zeros_like(factor[:, 0])
+    b, c, s, shift = factor.unbind(dim=1)
+    # Weights [3,N,4] of the image, of its gray version and of its mean gray, for each operation.
+    weights = torch.stack([torch.stack([b, c, s, one], 1), torch.stack([zero, zero, 1 - s, zero], 1),
+                           torch.stack([zero, 1 - c, zero, zero], 1)])
+    for turn in range(4):
+        operation = order[:, turn]
+        x = blend(x, *weights.gather(2, operation.expand(3, -1)[..., None])[..., 0]).clamp_(0, 1)
+        x = shift_hue_of(x, torch.where(operation == HUE, shift, zero))
+    return x
+
+
+def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) -> Tensor:
+    """image * x + gray * luma(x) + mean * (mean luma of x), with weights [N]: an affine map of the colours."""
+    luma = torch.tensor(GRAY_WEIGHTS, device=x.device)
+    matrix = torch.diag_embed(image[:, None].expand(-1, 3)) + gray.view(-1, 1, 1) * luma  # [N,3,3]
+    offset = torch.zeros_like(x[:, :, :1, 0])                                             # [N,3,1]
+    if mean is not None:
+        offset = offset + (mean * (x.mean(dim=(2, 3)) @ luma)).view(-1, 1, 1)
+    return torch.baddbmm(offset, matrix, x.flatten(2)).view_as(x)
+
+
+def shift_hue_of(x: Tensor, shift: Tensor) -> Tensor:
+    """`shift_hue`, but on a CPU only where the shift is not 0; on a GPU, asking which would make the host wait."""
+    if x.device.type != "cpu":
+        return shift_hue(x, shift)
+    chosen = shift.nonzero()[:, 0]
+    x[chosen] = shift_hue(x[chosen], shift[chosen])
+    return x
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of images [N,3,H,W] in [0,1] by `shift` [N], in turns; value and chroma stay as they are."""
+    r, g, b = x.unbind(dim=1)
+    value = x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    d = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(value == r, (g - b) / d, torch.where(value == g, 2 + (b - r) / d, 4 + (r - g) / d))  # sixths
+    k = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1) + (hue + 6 * shift.view(-1, 1, 1))[:, None]
+    k = k.remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image [N,3,S,S] by its own sigma [N] in pixels, reflecting at the border; sigma 0 leaves it alone.
+
+    The kernel is about a tenth of the side, odd: 23 taps at 224 px (official code), 9 at 96.
+    """
+    if x.device.type == "cpu":  # only the chosen images; on a GPU, asking which would make the host wait
+        chosen = sigma.nonzero()[:, 0]
+        if len(chosen) < len(x):
+            x[chosen] = gaussian_blur(x[chosen], sigma[chosen]) if len(chosen) else x[chosen]
+            return x
+    size = x.shape[-1]
+    radius = size // 20
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)  # sigma 0: 1 at the centre, 0 beside it
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)                       # [N,taps]
+    matrix = (kernel @ reflected_bands(size, radius, x.device)).view(-1, 1, size, size)
+    return matrix @ x @ matrix.transpose(2, 3)
+
+
+@functools.lru_cache(maxsize=8)
+def reflected_bands(size: int, radius: int, device: torch.device) -> Tensor:
+    """[taps, size*size]: entry (t, i*size+j) is 1 where tap t of output i reads pixel j, reflected at the border."""
+    source = torch.arange(size)[None] + torch.arange(-radius, radius + 1)[:, None]
+    source = (size - 1) - (source.abs() - (size - 1)).abs()
+    return F.one_hot(source, size).float().flatten(1).to(device)
+
+
+def solarize(x: Tensor, chosen: Tensor) -> Tensor:
+    """Invert the pixels at or above one half, in the images [N] that were chosen."""
+    return torch.where(chosen.view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)

@@ -1,0 +1,291 @@
+"""Every dataset as one uint8 array [N,3,S,S]: STL-10, a folder of one's own, or patterns drawn here.
+
+`load_split` is the way in. STL-10's files are memory-mapped as they are; a folder's images are decoded once into a
+cache that later runs map. An array larger than memory therefore costs address space only.
+"""
+import json
+import math
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets import STL10
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.v2 import functional as tv
+
+from utils import UserError, one_line, progress, seeded_generator, write_json
+
+STL10_SIDE = 96
+STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+PATTERNS = ["stripes", "checks", "dots", "rings", "waves", "bricks", "blobs", "grid", "zigzag", "honeycomb"]
+PATTERN_COUNTS = {"unlabeled": 6000, "train": 200, "test": 1000}
+CELLS = 3  # of the patchwork that each pattern image is
+PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+MAX_PIXELS = 100_000_000  # of one image file; more is taken for a decompression bomb
+MAX_BROKEN = 0.01  # share of a split's files that may fail to decode
+
+
+class Split(NamedTuple):
+    pixels: Tensor         # uint8 [N,3,S,S], perhaps mapped from disk
+    labels: Tensor | None  # int64 [N], 0 to len(classes) - 1; None where there are none
+    classes: list[str]
+
+
+def load_split(dataset: str, split: str, data_root: str, size: int) -> Split | None:
+    """One split ("unlabeled", "train" or "test") of "stl10", "patterns" or a folder.
+
+    size: pixels a side. STL-10's unlabeled images stay at 96, for the views are cut to size anyway.
+    Returns None where a folder does not have the split. Raises UserError for data that cannot be used.
+    """
+    if dataset == "stl10":
+        return load_stl10(split, Path(data_root), size)
+    if dataset == "patterns":
+        return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(PATTERN_SEED, "patterns", split))
+    folder = Path(dataset)
+    if not folder.is_dir():
+        raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'patterns' nor an existing folder")
+    return load_folder(folder, split, Path(data_root), size)
+
+
+# ------------------------------------------------------------------------------------------------------ STL-10
+
+def load_stl10(split: str, root: Path, size: int) -> Split:
+    """Map a split of STL-10, after downloading it where it is missing. Labels 1 to 10 become 0 to 9."""
+    folder = root / "stl10_binary"
+    files = [folder / f"{split}_X.bin"] + ([] if split == "unlabeled" else [folder / f"{split}_y.bin"])
+    if not all(file.exists() for file in files):
+        download_stl10(root, missing=next(file for file in files if not file.exists()))
+    pixels = map_pixels(files[0], STL10_SIDE).transpose(2, 3)  # stored column by column
+    if split == "unlabeled":
+        return Split(pixels, None, STL10_CLASSES)
+    labels = torch.from_numpy(np.fromfile(files[1], dtype=np.uint8)).long()
+    if len(labels) != len(pixels):
+        raise UserError(f"{files[1]} holds {len(labels)} labels for the {len(pixels)} images of {files[0].name}: "
+                        "delete both to download them again")
+    if labels.min() < 1 or labels.max() > len(STL10_CLASSES):
+        raise UserError(f"{files[1]} holds labels from {labels.min()} to {labels.max()}, not 1 to 10: "
+                        "delete it to download it again")
+    if size != STL10_SIDE:
+        pixels = tv.resize(pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
+    return Split(pixels, labels - 1, STL10_CLASSES)
+
+
+def download_stl10(root: Path, missing: Path) -> None:
+    """Download and unpack STL-10 (2.6 GB) into `root`/stl10_binary; torchvision checks the archive's checksum."""
+    unpacking = root / "stl10_unpacking"  # renamed when whole, so a torn unpacking is never taken for the data
+    try:
+        print(f"downloading STL-10 (2.6 GB, once) to {root}", flush=True)
+        download_and_extract_archive(STL10.url, str(root), str(unpacking), STL10.filename, STL10.tgz_md5,
+                                     remove_finished=True)
+        shutil.copytree(unpacking / "stl10_binary", missing.parent, dirs_exist_ok=True, copy_function=os.replace)
+        shutil.rmtree(unpacking)
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError is a wrong checksum
+        raise UserError(f"{missing} is missing and STL-10 could not be downloaded ({one_line(error)}): put the .bin "
+                        f"files of stl10_binary.tar.gz into {missing.parent}, or try --demo") from error
+
+
+def load_stl10_folds(root: Path) -> list[Tensor]:
+    """STL-10's ten predefined folds: indices of 1,000 training images each, one line a fold."""
+    lines = (root / "stl10_binary" / "fold_indices.txt").read_text().splitlines()
+    return [torch.tensor([int(index) for index in line.split()]) for line in lines if line.strip()]
+
+
+def map_pixels(file: Path, side: int) -> Tensor:
+    """Map a file of raw images as uint8 [N,3,side,side]; nothing is read until it is used."""
+    size, image = file.stat().st_size, 3 * side * side
+    if size == 0 or size % image:
+        raise UserError(f"{file} has {size} bytes, which is no whole number of {side}x{side} images ({image} bytes "
+                        "each): it is truncated or not what it should be; delete it to have it made again")
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(-1, 3, side, side)
+
+
+# ---------------------------------------------------------------------------------------------- a folder of images
+
+def load_folder(folder: Path, split: str, root: Path, size: int) -> Split | None:
+    """`unlabeled/` at any depth, `train/<class>/` or `test/<class>/` as an array, decoded once into a cache."""
+    top = folder / split
+    if not top.is_dir():
+        return None
+    if split == "unlabeled":
+        classes, files, labels = [], image_files(top), None
+        if not files:
+            raise UserError(f"{top} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    else:
+        classes = class_names(folder / "train")
+        unknown = sorted(set(class_names(top)) - set(classes))
+        if unknown:
+            raise UserError(f"{top / unknown[0]}: class {unknown[0]!r} is not in {folder / 'train'}")
+        by_class = [image_files(top / name) for name in classes]
+        for name, found in zip(classes, by_class):
+            if not found:
+                raise UserError(f"{top / name} holds no images of class {name!r}")
+        files = [file for found in by_class for file in found]
+        labels = [label for label, found in enumerate(by_class) for _ in found]
+    pixels, kept = cached_pixels(top, files, root, size)
+    return Split(pixels, None if labels is None else torch.tensor(labels)[kept], classes)
+
+
+def class_names(top: Path) -> list[str]:
+    """Names of the class folders below `top`, sorted."""
+    if not top.is_dir():
+        raise UserError(f"{top} is missing: labelled images belong in {top}/<class>/")
+    names = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{top} holds no class folders: labelled images belong in {top}/<class>/")
+    return names
+
+
+def image_files(top: Path) -> list[Path]:
+    """Image files below `top`, sorted, hidden ones left out."""
+    if top.is_dir() and not os.access(top, os.R_OK | os.X_OK):
+        raise UserError(f"{top} cannot be read: permission denied")
+    return sorted(file for file in top.rglob("*")
+                  if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."))
+
+
+def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[Tensor, Tensor]:
+    """Pixels [M,3,size,size] of the files that decode, and their indices [M] in `files`; from the cache if it fits.
+
+    The cache is a raw array and a description that names the very files, sizes and times it was made from.
+    """
+    name = f"{top.parent.name}-{top.name}-{size}px-{sha256(str(top.resolve()).encode()).hexdigest()[:8]}"
+    array, description = root / "cache" / f"{name}.bin", root / "cache" / f"{name}.json"
+    stamp = sha256()
+    for file in files:
+        status = file.stat()
+        stamp.update(f"{file.relative_to(top)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    stamp = stamp.hexdigest()
+    try:
+        cached = json.loads(description.read_text())
+        whole = array.stat().st_size == len(cached["kept"]) * 3 * size * size
+    except (OSError, ValueError, KeyError, TypeError):
+        cached, whole = {}, False
+    if not whole or cached.get("stamp") != stamp:
+        cached = {"stamp": stamp, "kept": decode_files(top, files, array, description, size)}
+        write_json(description, cached)
+    return map_pixels(array, size), torch.tensor(cached["kept"])
+
+
+def decode_files(top: Path, files: list[Path], array: Path, description: Path, size: int) -> list[int]:
+    """Decode `files` in parallel into the raw file `array`; returns the indices of those that could be read."""
+    kept, broken = [], []
+    description.unlink(missing_ok=True)  # never an old description beside a new array
+    array.parent.mkdir(parents=True, exist_ok=True)
+    partial = array.with_suffix(".tmp")
+    try:
+        with open(partial, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = pool.map(lambda file: decode_image(file, size), files)
+            for index, image in enumerate(progress(decoded, total=len(files), desc=f"reading {top}", unit="image")):
+                if isinstance(image, str):
+                    broken.append(f"{files[index]} ({image})")
+                    continue
+                out.write(image.tobytes())
+                kept.append(index)
+            if len(broken) > MAX_BROKEN * len(files):
+                raise UserError(f"{len(broken)} of {len(files)} images in {top} cannot be read, more than "
+                                f"{MAX_BROKEN:.0%}; the first is {broken[0]}")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, array)
+    except OSError as error:
+        raise UserError(f"cannot write the image cache {array}: {one_line(error)}; make space or set DATA_ROOT") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    if broken:
+        print(f"skipped {len(broken)} of {len(files)} images in {top} that cannot be read: {', '.join(broken[:5])}"
+              + (", ..." if len(broken) > 5 else ""))
+    return kept
+
+
+def decode_image(file: Path, size: int) -> np.ndarray | str:
+    """uint8 [3,size,size] of an image file: upright, RGB, short side resized, centre cropped; or what is wrong."""
+    try:
+        with Image.open(file, formats=["JPEG", "PNG", "WEBP", "BMP"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width}x{image.height} pixels"
+            image.draft("RGB", (2 * size, 2 * size))  # large JPEGs: decode at a fraction of their size
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            return np.asarray(image).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+        return one_line(error)
+
+
+# ------------------------------------------------------------------------------------------------------ patterns
+
+def draw_patterns(n: int, size: int, generator: torch.Generator) -> Split:
+    """Ten kinds of texture, nearly without colour, in a patchwork: the --demo data, drawn in a moment.
+
+    Each image shows one kind in a few cells, and every cell turns, scales, shifts and shades it in its own way. So
+    two crops of an image share little but the kind, which is what BYOL is to find. (Textures that are alike all over
+    an image give it orientation and brightness to agree on, and colourful ones their colour.)
+    """
+    def uniform(low, high, *shape):
+        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    def of_cell(values):  # [N,CELLS] -> [N,S,S]
+        return values.gather(1, cell.flatten(1)).view(n, size, size)
+
+    def wave(phase):  # in turns
+        return torch.sin(2 * math.pi * phase)
+
+    unit = size / 32  # wavelengths below are for 32 pixels a side
+    kind = torch.arange(n) % len(PATTERNS)
+    y, x = torch.arange(size).view(1, -1, 1).float(), torch.arange(size).view(1, 1, -1).float()
+    center_y, center_x = uniform(0, size, CELLS), uniform(0, size, CELLS)
+    distance = torch.hypot(y[..., None] - center_y[:, None, None], x[..., None] - center_x[:, None, None])
+    cell = distance.argmin(dim=3)  # the nearest centre: a Voronoi patchwork
+
+    wavelength = of_cell(unit * 8 * 1.5 ** uniform(0, 1, CELLS))  # 8 to 12 pixels
+    angle, shift_u, shift_v = (of_cell(uniform(0, 1, CELLS)) for _ in range(3))
+    cos, sin = wave(angle + 0.25), wave(angle)
+    u = (x * cos + y * sin) / wavelength + shift_u  # the cell's own axes, in wavelengths
+    v = (y * cos - x * sin) / wavelength + shift_v
+    radius = distance.amin(dim=3) / wavelength + shift_u
+
+    noise = torch.fft.rfft2(torch.randn(n, size, size, generator=generator))
+    frequency = torch.fft.fftfreq(size).view(-1, 1) ** 2 + torch.fft.rfftfreq(size) ** 2
+    blobs = torch.fft.irfft2(noise * torch.exp(-2 * (math.pi * uniform(2, 3, 1, 1) * unit) ** 2 * frequency), (size, size))
+    brick = (u / 2 + v.floor() / 2) % 1  # every other row is half a brick further
+    fields = torch.stack([  # in the order of PATTERNS, each from about -1 to 1
+        wave(u),
+        torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),
+        2 * torch.exp(-18 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2)) - 1,
+        wave(radius),
+        wave(u + wave(v / 3) / 2),
+        ((brick < 0.1) | (v % 1 < 0.2)) * 2.0 - 1,
+        (blobs / blobs.std(dim=(1, 2), keepdim=True)).clamp(-2, 2),
+        ((u % 1 < 0.2) | (v % 1 < 0.2)) * 2.0 - 1,
+        torch.tanh(3 * wave(u + (2 * (v % 1) - 1).abs())),
+        (wave(u) + wave(-u / 2 + 0.866 * v) + wave(-u / 2 - 0.866 * v)) / 1.5,
+    ])
+    field = fields[kind, torch.arange(n)]
+    contrast = of_cell(uniform(0.48, 0.64, CELLS) * torch.where(uniform(0, 1, CELLS) < 0.5, -1.0, 1.0))
+    pixels = (of_cell(uniform(0.4, 0.6, CELLS)) + contrast * field)[:, None].expand(-1, 3, -1, -1)
+    pixels = pixels + 0.02 * torch.randn(n, 1, size, size, generator=generator)
+    return Split((pixels.clamp(0, 1) * 255).round().to(torch.uint8), kind, PATTERNS)
+
+
+# -------------------------------------------------------------------------------------------------- where arrays live
+
+def place(pixels: Tensor, device: torch.device) -> Tensor:
+    """The array in the GPU's memory where it fits in half of what is free there, else where it is."""
+    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return pixels.to(device)
+    return pixels
+
+
+def fetch(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """The images `index`, on `device`. A copy from the host to a GPU goes through pinned memory and is not awaited."""
+    if pixels.device.type == "cpu" and device.type == "cuda":
+        return pixels[index].pin_memory().to(device, non_blocking=True)
+    return pixels[index.to(pixels.device, non_blocking=True)].to(device)

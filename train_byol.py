@@ -1,0 +1,264 @@
+"""Pretrain an encoder on unlabeled images with BYOL.
+
+    python train_byol.py --demo                       patterns drawn by the code: minutes on a CPU, no download
+    python train_byol.py                              STL-10, downloaded once (2.6 GB)
+    python train_byol.py --dataset FOLDER --run NAME  your own images: FOLDER/unlabeled/, at any depth
+
+Edit the constants below or pass them as flags. Everything goes to runs/RUN/: the encoder as a plain torchvision state
+dict (encoder.pt), the curves, and a checkpoint; the same command again continues an unfinished run.
+`torchrun --nproc-per-node=N train_byol.py ...` trains on N GPUs.
+"""
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from byol import BYOL, learning_rate, target_decay, two_views
+from data import Split, fetch, load_split, place
+from plots import plot_curves, plot_views
+from utils import (DEMO, Metrics, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
+                   check_choice, check_ranges, constants_of, environment, extract_features, knn_predict,
+                   plain_state_dict, progress, rank_0_first, read_json, run_folder, run_script, same_constants, save_torch, seeded_generator,
+                   seeded_init, select_device, select_precision, set_rate, start_processes, stop_signals,
+                   wait_for_rank_0, write_json)
+
+# Data
+DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
+DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
+IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
+# Networks
+ENCODER = "resnet18"  # any torchvision ResNet by name
+INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
+HIDDEN_DIM = 4096  # width of projector and predictor
+PROJECTION_DIM = 256  # of the vectors that are compared
+# Training
+EPOCHS = 10  # passes over the unlabeled images
+BATCH_SIZE = 256  # images a step, over all GPUs together
+OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
+LEARNING_RATE = 0.2  # peak rate per 256 images: a step uses this times BATCH_SIZE / 256
+WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
+WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
+BASE_DECAY = 0.99  # tau at the start: how much of itself the target keeps at a step; rises to 1
+SEED = 0  # of the weights, the order of the images and the views
+# The run
+RUN = "byol"  # name of the run's folder in runs/
+DEVICE = "auto"  # auto is cuda, then mps, then cpu
+PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
+LOG_EVERY = 20  # steps between rows of metrics.csv; losses are read from the device no more often
+CHECKPOINT_MINUTES = 5.0  # between checkpoints
+
+DEMO = DEMO | dict(EPOCHS=3, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
+                   WARMUP_EPOCHS=0.3, BASE_DECAY=0.95, HIDDEN_DIM=512, PROJECTION_DIM=128)
+COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
+FREE = {"DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
+
+
+def run(c: SimpleNamespace) -> None:
+    """Pretrain with the constants `c`, from the last checkpoint where there is one, and fill the run's folder."""
+    check_constants(c)
+    rank, world = start_processes()
+    if c.BATCH_SIZE % world:
+        raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} is not divisible by the {world} processes")
+    device = select_device(c.DEVICE)
+    precision = select_precision(c.PRECISION, device)
+    folder = run_folder(c.RUN)
+    if rank == 0:
+        open_folder(folder, c, environment(device, precision))
+    wait_for_rank_0()
+    state = read_checkpoint(folder)
+    if state and state["step"] == state["total_steps"]:
+        say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
+        return
+
+    images, train = load_images(c)
+    images = place(images, device)
+    steps_per_epoch = len(images) // c.BATCH_SIZE  # the remainder is dropped
+    if steps_per_epoch == 0:
+        raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(images)} images: lower it")
+    total_steps = c.EPOCHS * steps_per_epoch
+    warmup_steps = min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
+    peak = c.LEARNING_RATE * c.BATCH_SIZE / 256
+
+    model = build_model(c).to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
+    step, losses = 0, []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, losses = state["step"], state["losses"]
+    network = distribute(model, device)
+
+    say(f"BYOL: {len(images):,} images, {c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} epochs of "
+        f"{steps_per_epoch} steps, on {device} in {str(precision).removeprefix('torch.')}"
+        + (f", from step {step} of {total_steps}" if step else ""))
+    if rank == 0:
+        sample = images[:12].to(device)
+        plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure")))
+        metrics = Metrics(folder / "metrics.csv", COLUMNS, step)
+
+    pending = []  # losses still on the device: reading one makes the host wait
+    logged = saved = plotted = time.monotonic()
+    order = epoch_order(c.SEED, step // steps_per_epoch, len(images))
+
+    def read_losses() -> None:
+        losses.extend(torch.stack(pending).tolist() if pending else [])
+        pending.clear()
+        if not all(map(math.isfinite, losses)):
+            raise UserError(f"the loss is no longer finite at step {step}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS "
+                            f"or set PRECISION to fp32; the last checkpoint in {folder} is kept")
+
+    def save() -> None:
+        read_losses()  # first, so that a sick state is never saved
+        if rank == 0:
+            save_torch(folder / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                                  "step": step, "total_steps": total_steps, "losses": losses})
+
+    with stop_signals() as signals, progress(total=total_steps * c.BATCH_SIZE, initial=step * c.BATCH_SIZE,
+                                             unit="image", unit_scale=True) as bar:
+        first = step  # of the steps since `logged`
+        while step < total_steps:
+            epoch, batch = divmod(step, steps_per_epoch)
+            if batch == 0:
+                order = epoch_order(c.SEED, epoch, len(images))
+            index = order[batch * c.BATCH_SIZE:(batch + 1) * c.BATCH_SIZE][rank::world]
+            views = two_views(fetch(images, index, device), c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank))
+            rate = learning_rate(step, total_steps, warmup_steps, peak)
+            tau = target_decay(step, total_steps, c.BASE_DECAY)
+            pending.append(train_step(network, model, optimizer, views, rate, tau, precision))
+            step += 1
+            bar.update(c.BATCH_SIZE)
+
+            epoch_ends = step % steps_per_epoch == 0
+            if step % c.LOG_EVERY == 0 or epoch_ends:
+                read_losses()
+                speed = (step - first) * c.BATCH_SIZE / (time.monotonic() - logged)
+                knn = monitor(model.online_encoder, train, c.SEED, device, precision) if epoch_ends and train else ""
+                row = dict(step=step, epoch=step / steps_per_epoch, loss=sum(losses) / len(losses), learning_rate=rate,
+                           decay=tau, spread=model.spread.item(), knn=knn, images_per_second=round(speed, 1))
+                losses.clear()
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                if rank == 0:
+                    metrics.append(**row)
+                if epoch_ends:
+                    say(f"epoch {epoch + 1:>3}/{c.EPOCHS}  loss {row['loss']:.3f}  spread {row['spread']:.3f}  "
+                        + (f"kNN {knn:.1f}%  " if train else "") + f"{speed:,.0f} images/s")
+                if rank == 0 and time.monotonic() - plotted > 60:
+                    plot_curves(folder / "curves.png", metrics.rows(), c)
+                    plotted = time.monotonic()
+                first, logged = step, time.monotonic()
+            if time.monotonic() - saved > c.CHECKPOINT_MINUTES * 60:
+                save()
+                saved = time.monotonic()
+            if signals and world == 1:
+                break
+
+    if rank == 0 and step == total_steps:
+        save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))
+        plot_curves(folder / "curves.png", metrics.rows(), c)
+    save()
+    if step < total_steps:
+        raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there", signals[0])
+    say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py "
+        + ("--demo" if c.demo else f"--run {c.RUN}"))
+
+
+def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],
+               rate: float, tau: float, precision: torch.dtype) -> Tensor:
+    """One step of the online network by the optimizer and one of the target by the average; the loss, on the device.
+
+    network: `model`, or its DistributedDataParallel.
+    """
+    view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views)
+    set_rate(optimizer, rate)
+    with autocast(view1.device, precision):
+        loss = network(view1, view2)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    model.update_target(tau)
+    return loss.detach()
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    """The permutation [n] in which an epoch takes the images."""
+    return torch.randperm(n, generator=seeded_generator(seed, "order", epoch))
+
+
+def build_model(c: SimpleNamespace) -> BYOL:
+    encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
+    with seeded_init(c.SEED, "heads"):
+        return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM)
+
+
+def distribute(model: BYOL, device: torch.device) -> nn.Module:
+    """DistributedDataParallel where there are several processes; on CUDA with BatchNorm over all of them."""
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def load_images(c: SimpleNamespace) -> tuple[Tensor, Split | None]:
+    """Images to pretrain on, and the labelled training split for the kNN monitor, if there is one."""
+    with rank_0_first():
+        train = load_split(c.DATASET, "train", c.DATA_ROOT, c.IMAGE_SIZE)
+        unlabeled = load_split(c.DATASET, "unlabeled", c.DATA_ROOT, c.IMAGE_SIZE) or train
+    if unlabeled is None:
+        raise UserError(f"DATASET {c.DATASET!r} has neither unlabeled/ nor train/: there are no images to pretrain on")
+    return unlabeled.pixels, train
+
+
+def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, precision: torch.dtype) -> float:
+    """kNN accuracy in percent, from 80% of the labelled training images to the other 20%; no test image is seen."""
+    order = torch.randperm(len(train.labels), generator=seeded_generator(seed, "monitor"))
+    features = extract_features(encoder, train.pixels, device, precision)
+    bank, held_out = order.to(device).tensor_split([int(0.8 * len(order))])
+    labels = train.labels.to(device)
+    return accuracy(knn_predict(features[bank], labels[bank], features[held_out], len(train.classes)), labels[held_out])
+
+
+def check_constants(c: SimpleNamespace) -> None:
+    check_ranges(c, IMAGE_SIZE=(16, math.inf), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
+                 EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf), LEARNING_RATE=(0, math.inf),
+                 WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf), BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf),
+                 CHECKPOINT_MINUTES=(0, math.inf))
+    check_choice(c, "OPTIMIZER", ["sgd", "adamw"])
+    check_choice(c, "PRECISION", ["auto", "bf16", "fp32"])
+
+
+def open_folder(folder: Path, c: SimpleNamespace, where: dict) -> None:
+    """Write config.json into a new run's folder; in one that exists, make sure that the constants are the same."""
+    config = folder / "config.json"
+    if c.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    if config.exists():
+        same_constants(read_json(config)["constants"], constants_of(c), config, FREE)
+    else:
+        write_json(config, {"constants": constants_of(c), "environment": where, "world_size": where["world_size"]})
+
+
+def read_checkpoint(folder: Path) -> dict | None:
+    path = folder / "checkpoint.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar, from rank 0 alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(line)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(globals(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,462 @@
+"""What both scripts share: constants and flags, device and precision, encoders, features and kNN, the run folder."""
+import argparse
+import ast
+import contextlib
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import signal
+import sys
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO, Callable, Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from byol import normalize, parameter_groups
+
+
+# `--demo`: what both scripts share of it; each adds its own
+DEMO = {"DATASET": "patterns", "IMAGE_SIZE": 32, "INIT": "random", "RUN": "demo"}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that names the cause, the file or constant, and the way out."""
+    status = 1
+
+
+class UsageError(UserError):
+    """The mistake is in the command line or in a constant."""
+    status = 2
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_script(script: dict, argv: list[str] | None) -> int:
+    """Read constants and flags, call the script's `run(constants)`, and return the exit status.
+
+    script: the script's globals(). A UserError ends in one line on stderr; a bug of ours keeps its traceback.
+    """
+    try:
+        script["run"](read_constants(script, argv))
+        return 0
+    except Stopped as stop:
+        print(stop)
+        return stop.status
+    except KeyboardInterrupt:
+        print("stopped at once: what was saved before is whole, and the same command continues from there")
+        return 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except torch.OutOfMemoryError as error:
+        print(f"error: the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE, IMAGE_SIZE or "
+              "HIDDEN_DIM", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------- constants and flags
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
+    """The UPPER_CASE constants at the top of a script, with `--demo`'s and the flags' values laid over them.
+
+    Each constant above DEMO, the preset behind `--demo`, is a flag of the same name, and its trailing comment is the
+    flag's help. Two flags are not constants: `--demo` and `--overwrite`.
+    Raises UsageError for an unknown flag or a value of the wrong type.
+    """
+    source = Path(script["__file__"]).read_text(encoding="utf-8")
+    parser = Parser(prog=Path(script["__file__"]).name, usage="%(prog)s [--CONSTANT VALUE ...]", description=script["__doc__"], allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", action="store_true", help="a small run that needs no download and no GPU")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where the run's folder holds results")
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign):
+            continue
+        name = node.targets[0].id
+        if name == "DEMO":
+            break
+        comment = source.splitlines()[node.end_lineno - 1].partition("  # ")[2]
+        default = script[name]
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        parser.add_argument(flag(name), dest=name, type=parser_of(default), default=argparse.SUPPRESS, metavar="VALUE",
+                            help=f"{comment} [{shown}]".replace("%", "%%"))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        raise UsageError(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else "; see --help"))
+    names = [a.dest for a in parser._actions if a.dest.isupper()]
+    values = {name: script[name] for name in names} | (script["DEMO"] if given.demo else {}) | vars(given)
+    values["given"] = {name for name in vars(given) if name.isupper()}
+    return SimpleNamespace(**values)
+
+
+def flag(name: str) -> str:
+    """BATCH_SIZE -> --batch-size"""
+    return "--" + name.lower().replace("_", "-")
+
+
+def parser_of(default: Any) -> Callable[[str], Any]:
+    """How a flag's text becomes a value of its default's type; a tuple is comma-separated."""
+    if isinstance(default, tuple):
+        def integers(text: str) -> tuple[int, ...]:
+            return tuple(int(part) for part in text.split(","))
+        return integers
+    return type(default)
+
+
+def constants_of(namespace: SimpleNamespace) -> dict:
+    """The UPPER_CASE entries alone: what config.json records."""
+    return {name: value for name, value in vars(namespace).items() if name.isupper()}
+
+
+def check_ranges(constants: SimpleNamespace, **bounds: tuple[float, float]) -> None:
+    """Raise UsageError where a constant is not a finite number from low to high, both included."""
+    for name, (low, high) in bounds.items():
+        value = getattr(constants, name)
+        if not (low <= value <= high and math.isfinite(value)):
+            limit = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            raise UsageError(f"{name} is {value}: it must be {limit} ({flag(name)})")
+
+
+def check_choice(constants: SimpleNamespace, name: str, choices: list[str]) -> None:
+    """Raise UsageError, with the nearest choice, where a constant is none of the choices."""
+    value = getattr(constants, name)
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        raise UsageError(f"{name} {value!r} is unknown: " + (f"did you mean {near[0]!r}?" if near else
+                                                              f"it must be one of {', '.join(choices)}"))
+
+
+# ------------------------------------------------------------------------- randomness, device, precision, processes
+
+def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator of its own for every (seed, purpose, epoch or step, rank): nothing else decides its draws."""
+    digest = sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextlib.contextmanager
+def seeded_init(seed: int, *purpose: str | int) -> Iterator[None]:
+    """Networks built inside draw their weights from (seed, purpose); the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded_generator(seed, *purpose).initial_seed())
+        yield
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu; under torchrun each process takes the GPU of its local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"DEVICE {name!r} cannot be used here ({one_line(error)[:80]}): "
+                        "set DEVICE to 'auto' or 'cpu'") from error
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware has it, never emulated, and fp32 elsewhere."""
+    if name == "auto":
+        name = "bf16" if has_native_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 itself: CUDA from compute capability 8, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # torch has no public question for this (2.15); these two it asks itself
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def start_processes() -> tuple[int, int]:
+    """Rank and number of processes; under torchrun they join one group, alone this is 0 and 1."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_rank_0() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 alone downloads and fills caches; the others come after it and find everything there."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Forward passes inside run in `precision`; weights stay fp32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def progress(iterable=None, **options) -> tqdm:
+    """A progress bar on a terminal, nothing where the output is a file or a pipe."""
+    return tqdm(iterable, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False, **options)
+
+
+# ------------------------------------------------------------------------------------------ encoders and optimizers
+
+def build_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
+    """A torchvision ResNet by name without its classifier, and the number of its features.
+
+    init: "random" (drawn from the seed), "imagenet" (torchvision downloads them), or the path of a state dict of
+    that network, with or without `fc`. Raises UserError where they cannot be had or do not fit.
+    """
+    names = [n for n in torchvision.models.list_models(module=torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
+    check_choice(SimpleNamespace(ENCODER=name), "ENCODER", names)
+    with seeded_init(seed, "encoder"):
+        encoder = torchvision.models.get_model(name)
+    feature_dim = encoder.fc.in_features
+    encoder.fc = nn.Identity()
+    if init != "random":
+        weights = imagenet_weights(name) if init == "imagenet" else read_weights(Path(init))
+        load_encoder(encoder, weights, init)
+    return encoder, feature_dim
+
+
+def imagenet_weights(name: str) -> dict:
+    try:
+        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError is a wrong checksum
+        raise UserError(f"INIT 'imagenet': the weights of {name} could not be downloaded ({one_line(error)}): set INIT "
+                        f"to 'random' or to a weights file") from error
+
+
+def read_weights(path: Path) -> dict:
+    """A state dict from a file. Only tensors are read: pickled code is refused, not run."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"weights file {path} does not exist") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise UserError(f"{path} is no weights file ({type(error).__name__}): it must be a state dict that torch.save "
+                        "wrote") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} is no state dict of a network (a checkpoint? its encoder is in encoder.pt)")
+    return weights
+
+
+def load_encoder(encoder: nn.Module, weights: dict, source: str | Path) -> None:
+    """Load a torchvision state dict; its classifier (`fc`) is dropped, anything else must fit exactly."""
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    try:
+        encoder.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {source} do not fit ENCODER: {one_line(error)[:160]}") from error
+
+
+def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """Weights on the CPU in plain memory format: what torchvision's own network loads."""
+    return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+
+
+def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW; without decay on BatchNorm and biases."""
+    groups = parameter_groups(model, weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, rate, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, rate, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+# ------------------------------------------------------------------------------------------------- features and kNN
+
+@torch.no_grad()
+def extract_features(encoder: nn.Module, pixels: Tensor, device: torch.device, precision: torch.dtype,
+                     batch_size: int = 256) -> Tensor:
+    """Features fp32 [N,D], on `device`, of uint8 images by the encoder in eval mode: no weight or buffer moves."""
+    training = encoder.training
+    encoder.eval()
+    features = []
+    for batch in pixels.split(batch_size):
+        x = normalize(batch.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            features.append(encoder(x).float())
+    encoder.train(training)
+    return torch.cat(features)
+
+
+def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 20,
+                temperature: float = 0.07) -> Tensor:
+    """Classes [M] by the vote of the k most similar of the bank's features, weighted exp(cos / temperature).
+
+    bank [N,D] with labels [N], queries [M,D]; Wu et al. 2018 (arXiv:1805.01978), section 3.4.
+    """
+    similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T              # MxN
+    similarity, nearest = similarity.topk(min(k, len(bank)), dim=1)                    # Mxk
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    votes.scatter_add_(1, labels[nearest], torch.exp((similarity - 1) / temperature))  # -1: exp stays below 1
+    return votes.argmax(dim=1)
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Percent of the predictions that are right."""
+    return (predicted == labels).float().mean().item() * 100
+
+
+
+# ------------------------------------------------------------------------------------------------- the run's folder
+
+RUNS = Path("runs")
+
+
+def run_folder(name: str) -> Path:
+    """The folder of the run `name`. Raises UsageError for a name that could lead out of the runs folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(f"RUN {name!r} is no run name: use letters, digits, '.', '_' and '-' ({flag('RUN')})")
+    return RUNS / name
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name, flush it to disk, rename it: no reader or crash meets half a file."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or one_line(error)}): make space or choose another "
+                        "folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): --overwrite starts anew") from error
+
+
+def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
+    """Raise UserError, naming them, where constants other than the `free` ones differ from those in `path`."""
+    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now}
+               if before.get(name) != now.get(name) and name not in free]
+    if changed:
+        raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
+                        "--overwrite to start anew")
+
+
+def environment(device: torch.device, precision: torch.dtype) -> dict:
+    """Versions and hardware, to be kept beside a result."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "device": str(device), "hardware": hardware_name(device), "threads": torch.get_num_threads(),
+            "precision": str(precision).removeprefix("torch."),
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1}
+
+
+def hardware_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # platform.processor() is empty on Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
+def save_torch(path: Path, content: Any) -> None:
+    """torch.save, whole or not at all."""
+    with whole_file(path) as file:
+        torch.save(content, file)
+
+
+class Metrics:
+    """metrics.csv: a row per log interval, appended to; continuing a run cuts it back to the checkpoint's step."""
+
+    def __init__(self, path: Path, columns: list[str], step: int):
+        self.path, self.columns = path, columns
+        rows = [row for row in self.rows() if int(row["step"]) <= step] if step > 0 and path.exists() else []
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        with whole_file(path) as file:
+            file.write(text.getvalue().encode())
+
+    def rows(self) -> list[dict[str, str]]:
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def append(self, **row: float | str) -> None:
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+
+class Stopped(Exception):
+    """The user asked for a stop, and everything is saved; `signum` becomes the exit status 128 + signum."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.status = 128 + signum
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, for the loop to stop after its step; a second one stops at once."""
+    received = []
+
+    def note(signum, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
