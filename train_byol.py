@@ -54,8 +54,8 @@ PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 LOG_EVERY = 20  # steps between rows of metrics.csv; losses are read from the device no more often
 CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
-DEMO = DEMO | dict(EPOCHS=3, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
-                   WARMUP_EPOCHS=0.3, BASE_DECAY=0.95, HIDDEN_DIM=512, PROJECTION_DIM=128)
+DEMO = DEMO | dict(EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
+                   WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
 FREE = {"DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 

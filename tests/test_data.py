@@ -1,0 +1,261 @@
+"""Datasets: STL-10's own format, folders of images of every kind, the cache, the patterns."""
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import PATTERNS, decode_image, fetch, load_split, load_stl10_folds, place
+from utils import UserError, seeded_generator
+
+
+# ---------------------------------------------------------------------------------------------------------- STL-10
+
+def write_stl10(root, counts=(("unlabeled", 30), ("train", 20), ("test", 10))):
+    """Small files in STL-10's format: images column-major, labels 1 to 10, folds. Returns the images, row-major."""
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    images = {}
+    for seed, (split, n) in enumerate(counts):
+        images[split] = np.random.default_rng(seed).integers(0, 256, (n, 3, 96, 96), dtype=np.uint8)
+        images[split].transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")
+        if split != "unlabeled":
+            (np.arange(n, dtype=np.uint8) % 10 + 1).tofile(folder / f"{split}_y.bin")
+    (folder / "fold_indices.txt").write_text("0 1 2 \n3 4 5 \n")
+    return images
+
+
+def test_stl10_is_read_as_torchvision_reads_it(tmp_path):
+    images = write_stl10(tmp_path)
+    for split in ("unlabeled", "train", "test"):
+        loaded = load_split("stl10", split, str(tmp_path), 96)
+        assert loaded.pixels.dtype == torch.uint8
+        assert np.array_equal(loaded.pixels.numpy(), images[split])
+        if split == "unlabeled":
+            assert loaded.labels is None, "STL-10's missing labels are no class"
+        else:
+            assert loaded.labels.tolist() == [i % 10 for i in range(len(loaded.labels))] and len(loaded.classes) == 10
+
+
+def test_stl10_at_another_size_keeps_the_unlabeled_images_mapped(tmp_path):
+    write_stl10(tmp_path)
+    assert load_split("stl10", "train", str(tmp_path), 32).pixels.shape == (20, 3, 32, 32)
+    assert load_split("stl10", "unlabeled", str(tmp_path), 32).pixels.shape == (30, 3, 96, 96)
+
+
+def test_stl10_folds(tmp_path):
+    write_stl10(tmp_path)
+    assert [fold.tolist() for fold in load_stl10_folds(tmp_path)] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_stl10_without_its_files_says_where_to_put_them(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(data, "download_and_extract_archive", refuse)
+    with pytest.raises(UserError, match=r"unlabeled_X.bin is missing .*unreachable.*stl10_binary, or try --demo"):
+        load_split("stl10", "unlabeled", str(tmp_path), 96)
+
+
+def test_stl10_is_downloaded_once_and_only_taken_when_whole(tmp_path, monkeypatch):
+    calls = []
+
+    def download(url, root, extract_root, filename, md5, remove_finished):
+        calls.append(md5)
+        write_stl10(tmp_path / "stl10_unpacking")
+
+    monkeypatch.setattr(data, "download_and_extract_archive", download)
+    for split in ("unlabeled", "train", "test"):
+        load_split("stl10", split, str(tmp_path), 96)
+    assert calls == ["91f7769df0f17e558f3565bffb0c7dfb"] and not (tmp_path / "stl10_unpacking").exists()
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("train_X.bin", b"123", "truncated"), ("train_X.bin", b"", "truncated"),
+    ("train_X.bin", bytes(3 * 96 * 96), "20 labels for the 1 images"),
+    ("train_y.bin", bytes([0] * 20), "labels from 0 to 0, not 1 to 10"),
+    ("train_y.bin", bytes([11] * 20), "labels from 11 to 11, not 1 to 10")])
+def test_stl10_files_that_are_torn_or_foreign_are_named(tmp_path, file, content, message):
+    write_stl10(tmp_path)
+    (tmp_path / "stl10_binary" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_split("stl10", "train", str(tmp_path), 96)
+    assert file in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- folder
+
+def write_folder(root, classes=("a", "b"), per_class=3, unlabeled=6, size=20):
+    """A folder dataset; every image has a colour of its own."""
+    rng = np.random.default_rng(0)
+    splits = {f"{split}/{name}": per_class for split in ("train", "test") for name in classes}
+    for path, n in {**splits, "unlabeled/some/depth": unlabeled}.items():
+        (root / path).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            pixels = np.full((size, size, 3), rng.integers(0, 256, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / path / f"{i}.png")
+    return root
+
+
+def load(root, split, size=16):
+    return load_split(str(root), split, str(root.parent / "cache_root"), size)
+
+
+def test_folder_splits(tmp_path):
+    root = write_folder(tmp_path / "images")
+    train, unlabeled = load(root, "train"), load(root, "unlabeled")
+    assert train.pixels.shape == (6, 3, 16, 16) and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.classes == ["a", "b"]
+    assert unlabeled.pixels.shape == (6, 3, 16, 16) and unlabeled.labels is None
+    for i, label in enumerate(train.labels):
+        expected = np.asarray(Image.open(root / "train" / train.classes[label] / f"{i % 3}.png"))[0, 0]
+        assert train.pixels[i, :, 0, 0].tolist() == expected.tolist()
+
+
+def test_folder_without_a_split(tmp_path):
+    root = write_folder(tmp_path / "images")
+    (root / "unlabeled").rename(root / "elsewhere")
+    assert load(root, "unlabeled") is None
+
+
+@pytest.mark.parametrize("suffix, mode", [("jpg", "L"), ("jpg", "RGB"), ("jpg", "CMYK"), ("png", "1"), ("png", "L"),
+                                          ("png", "P"), ("png", "LA"), ("png", "RGBA"), ("webp", "RGB"),
+                                          ("webp", "RGBA"), ("bmp", "L"), ("bmp", "P"), ("bmp", "RGB")])
+def test_images_of_every_kind_become_rgb(tmp_path, suffix, mode):
+    Image.new("RGB", (30, 20), (200, 40, 90)).convert(mode).save(tmp_path / f"x.{suffix}")
+    pixels = decode_image(tmp_path / f"x.{suffix}", 16)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
+    if mode in ("RGB", "CMYK", "RGBA"):
+        assert np.abs(pixels[:, 8, 8].astype(int) - [200, 40, 90]).max() < 12
+    if mode in ("1", "L", "LA"):
+        assert np.ptp(pixels[:, 8, 8].astype(int)) < 3
+
+
+def test_short_side_is_resized_and_the_centre_kept(tmp_path):
+    pixels = np.zeros((40, 120, 3), np.uint8)
+    pixels[:, 40:80] = 255  # the middle third
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    shown = decode_image(tmp_path / "x.png", 16)
+    assert (shown[:, :, 1:-1] == 255).all() and shown.min() > 200  # the outermost columns are resampled with the black
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    image = Image.new("RGB", (32, 32))
+    image.paste((255, 255, 255), (0, 0, 32, 16))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be shown upside down
+    image.save(tmp_path / "x.jpg", exif=exif)
+    pixels = decode_image(tmp_path / "x.jpg", 16)
+    assert pixels[:, :6].max() < 30 and pixels[:, -6:].min() > 225
+
+
+def test_folder_is_decoded_once(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "images")
+    first = load(root, "train")
+    monkeypatch.setattr(data, "decode_image", lambda *a: pytest.fail("decoded again"))
+    assert torch.equal(load(root, "train").pixels, first.pixels)
+
+
+def test_cache_follows_the_files_and_the_size(tmp_path):
+    root = write_folder(tmp_path / "images")
+    assert load(root, "train").pixels.shape == (6, 3, 16, 16)
+    assert load(root, "train", size=24).pixels.shape == (6, 3, 24, 24)
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(root / "train" / "a" / "0.png")
+    os.utime(root / "train" / "a" / "0.png", ns=(1, 1))
+    assert load(root, "train").pixels[0, :, 0, 0].tolist() == [1, 2, 3]
+    Image.new("RGB", (20, 20)).save(root / "train" / "b" / "new.png")
+    assert len(load(root, "train").labels) == 7
+
+
+def test_torn_cache_is_made_again(tmp_path):
+    root = write_folder(tmp_path / "images")
+    first = load(root, "train").pixels.clone()
+    for file in (tmp_path / "cache_root" / "cache").iterdir():
+        if file.suffix == ".bin":
+            file.write_bytes(file.read_bytes()[:-5])
+    assert torch.equal(load(root, "train").pixels, first)
+    for file in (tmp_path / "cache_root" / "cache").iterdir():
+        if file.suffix == ".json":
+            file.write_text(file.read_text()[:20])
+    assert torch.equal(load(root, "train").pixels, first)
+
+
+def test_a_broken_image_among_many_is_skipped_and_named(tmp_path, capsys):
+    root = write_folder(tmp_path / "images", per_class=60)
+    (root / "train" / "a" / "5.png").write_bytes(b"no image")
+    train = load(root, "train")
+    assert len(train.pixels) == 119 and train.labels.tolist() == [0] * 59 + [1] * 60
+    assert "skipped 1 of 120" in capsys.readouterr().out
+
+
+def test_too_many_broken_images_end_the_run(tmp_path):
+    root = write_folder(tmp_path / "images")
+    (root / "train" / "a" / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 6 images .* cannot be read, more than 1%.*1\.png"):
+        load(root, "train")
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    monkeypatch.setattr(data, "MAX_PIXELS", 399)
+    assert decode_image(tmp_path / "x.png", 16) == "20x20 pixels"
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda root: (root / "test" / "c").mkdir(), "class 'c' is not in"),
+    (lambda root: (root / "train" / "c").mkdir(), "no images of class 'c'")])
+def test_classes_that_do_not_match_are_named(tmp_path, spoil, message):
+    root = write_folder(tmp_path / "images")
+    spoil(root)
+    with pytest.raises(UserError, match=message):
+        load(root, "train"), load(root, "test")
+
+
+def test_dataset_that_is_nothing(tmp_path):
+    with pytest.raises(UserError, match="'stl11' is neither 'stl10', 'patterns' nor an existing folder"):
+        load_split("stl11", "train", str(tmp_path), 32)
+
+
+# -------------------------------------------------------------------------------------------------------- patterns
+
+def test_patterns_are_deterministic_and_their_splits_differ():
+    first, again = (load_split("patterns", "train", "", 32) for _ in range(2))
+    assert torch.equal(first.pixels, again.pixels) and torch.equal(first.labels, again.labels)
+    test = load_split("patterns", "test", "", 32)
+    assert not torch.equal(first.pixels[:200], test.pixels[:200])
+
+
+def test_patterns_hold_every_kind_equally_often():
+    split = data.draw_patterns(100, 32, seeded_generator(0, "x"))
+    assert split.pixels.shape == (100, 3, 32, 32) and split.pixels.dtype == torch.uint8
+    assert torch.bincount(split.labels).tolist() == [10] * 10 and split.classes == PATTERNS
+
+
+def test_patterns_give_nothing_away_by_brightness_or_colour():
+    """The mean of each channel, by which the easiest shortcut would go, tells a class from another at most weakly."""
+    split = data.draw_patterns(2000, 32, seeded_generator(0, "x"))
+    mean = split.pixels.float().mean(dim=(2, 3))
+    assert (mean[:, 0] - mean[:, 1]).abs().max() < 1, "no colour"
+    of_class = torch.stack([mean[split.labels == k, 0].mean() for k in range(10)])
+    assert of_class.std() < 0.5 * mean[:, 0].std()
+
+
+# -------------------------------------------------------------------------------------------------- where arrays live
+
+def test_fetch_takes_the_images_asked_for(device, tmp_path):
+    images = write_stl10(tmp_path)["unlabeled"]
+    pixels = load_split("stl10", "unlabeled", str(tmp_path), 96).pixels
+    index = torch.tensor([7, 3, 29])
+    for array in (pixels, place(pixels, device)):
+        batch = fetch(array, index, device)
+        assert batch.device.type == device.type and np.array_equal(batch.cpu().numpy(), images[index.numpy()])
+
+
+def test_mapping_an_array_warns_of_nothing(tmp_path):
+    write_stl10(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_split("stl10", "unlabeled", str(tmp_path), 96)

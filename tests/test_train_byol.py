@@ -1,0 +1,239 @@
+"""Pretraining end to end on tiny data: the loop, the run's folder, stopping and continuing, several processes."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import train_byol
+from data import load_split
+from test_data import write_folder, write_stl10
+from utils import extract_features, read_constants
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
+        "--epochs", "2", "--log-every", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def tiny(tmp_path, small):
+    """A folder of 20 unlabeled and 10 labelled images; returns a function that pretrains a small encoder on it."""
+    write_folder(tmp_path / "images", per_class=5, unlabeled=20)
+
+    def pretrain(*argv, run="tiny"):
+        return train_byol.main(["--dataset", str(tmp_path / "images"), *TINY, "--run", run, *argv])
+
+    return pretrain
+
+
+def rows(run):
+    return list(csv.DictReader(open(f"runs/{run}/metrics.csv", newline="")))
+
+
+def without_timings(run):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(run)]
+
+
+def weights(run):
+    return torch.load(f"runs/{run}/encoder.pt", weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_fills_its_folder(tiny, capsys):
+    assert tiny() == 0
+    assert {p.name for p in Path("runs/tiny").iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt", "encoder.pt",
+                                                             "views.png", "curves.png"}
+    config = json.loads(Path("runs/tiny/config.json").read_text())
+    assert config["constants"]["BATCH_SIZE"] == 8 and config["world_size"] == 1
+    assert config["environment"]["torch"] == torch.__version__
+    table = rows("tiny")
+    assert [row["step"] for row in table] == ["2", "4"], "20 images make two batches of 8; the remainder is dropped"
+    assert all(0 <= float(row["loss"]) <= 8 and float(row["spread"]) > 0 for row in table)
+    assert [float(row["epoch"]) for row in table] == [1, 2] and all(row["knn"] for row in table)
+    out = capsys.readouterr().out
+    assert "epoch   2/2" in out and "runs/tiny/encoder.pt" in out
+
+
+def test_the_encoder_loads_into_plain_torchvision_and_gives_the_trained_features(tmp_path):
+    write_folder(tmp_path / "images", unlabeled=8)
+    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1"]) == 0
+    network = torchvision.models.resnet18()
+    missing, unexpected = network.load_state_dict(weights("byol"), strict=False)
+    assert sorted(missing) == ["fc.bias", "fc.weight"] and unexpected == []
+    network.fc = torch.nn.Identity()
+    state = torch.load("runs/byol/checkpoint.pt", weights_only=True)
+    model = train_byol.build_model(read_constants(vars(train_byol), TINY))
+    model.load_state_dict(state["model"])
+    pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    exported, trained = (extract_features(e.to(memory_format=torch.channels_last), pixels, torch.device("cpu"),
+                                          torch.float32) for e in (network, model.online_encoder))
+    assert torch.equal(exported, trained)
+
+
+def test_runs_are_decided_by_the_seed(tiny):
+    tiny(run="a"), tiny(run="b"), tiny("--seed", "1", run="c")
+    assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
+    assert without_timings("a") == without_timings("b")
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_after):
+    """SIGTERM at any step: a checkpoint, exit 143; the same command then ends where an uninterrupted run does."""
+    tiny(run="whole")
+    step, calls = train_byol.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train_byol, "train_step", interrupted)
+    assert tiny(run="parts") == 143
+    assert f"stopped after step {stop_after} of 4" in capsys.readouterr().out
+    assert not Path("runs/parts/encoder.pt").exists()
+    assert tiny(run="parts") == 0
+    assert f"from step {stop_after} of 4" in capsys.readouterr().out and len(calls) == 4
+    assert same(weights("whole"), weights("parts"))
+    a, b = (torch.load(f"runs/{run}/checkpoint.pt", weights_only=True) for run in ("whole", "parts"))
+    assert same(a["model"], b["model"])
+    assert without_timings("whole") == without_timings("parts")
+
+
+def test_a_finished_run_says_so(tiny, capsys):
+    tiny()
+    before = {p: p.read_bytes() for p in Path("runs/tiny").iterdir()}
+    capsys.readouterr()
+    assert tiny() == 0 and "is finished" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in Path("runs/tiny").iterdir()} == before
+
+
+def test_changed_constants_are_named_and_refused(tiny, capsys):
+    tiny()
+    assert tiny("--base-decay", "0.5", "--epochs", "3") == 1
+    assert "EPOCHS 2 -> 3, BASE_DECAY 0.99 -> 0.5" in capsys.readouterr().err
+    assert tiny("--base-decay", "0.5", "--overwrite") == 0
+    assert json.loads(Path("runs/tiny/config.json").read_text())["constants"]["BASE_DECAY"] == 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, monkeypatch, capsys):
+    step, calls = train_byol.train_step, []
+
+    def sick(*args):
+        calls.append(1)
+        loss = step(*args)
+        return loss if len(calls) <= 2 else loss * float("nan")
+
+    monkeypatch.setattr(train_byol, "train_step", sick)
+    assert tiny("--checkpoint-minutes", "0") == 1
+    assert "no longer finite at step 3" in capsys.readouterr().err
+    assert torch.load("runs/tiny/checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("argv, status, message", [
+    (["--batch-size", "21"], 2, "BATCH_SIZE is 21, but there are only 20 images"), (["--batch-size", "1"], 2, "BATCH_SIZE is 1"),
+    (["--epochs", "0"], 2, "EPOCHS is 0"), (["--image-size", "8"], 2, "IMAGE_SIZE is 8"),
+    (["--learning-rate", "nan"], 2, "LEARNING_RATE is nan"), (["--optimizer", "adam"], 2, "did you mean 'adamw'"),
+    (["--run", "../x"], 2, "RUN '../x'"), (["--dataset", "nowhere"], 1, "DATASET 'nowhere'"),
+    (["--device", "cuda:9"], 1, "DEVICE 'cuda:9'")])
+def test_mistakes_end_in_one_line(tiny, capsys, argv, status, message):
+    assert tiny(*argv) == status
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, status, message", [(["--init", "nowhere.pt"], 1, "nowhere.pt does not exist"),
+                                                   (["--encoder", "vgg16"], 2, "ENCODER 'vgg16' is unknown")])
+def test_encoders_that_cannot_be_had_end_in_one_line(capsys, argv, status, message):
+    assert train_byol.main(["--demo", *argv]) == status
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_pretraining_needs_no_test_split_and_no_labels(tiny, tmp_path, capsys):
+    (tmp_path / "images" / "test").rename(tmp_path / "elsewhere")
+    assert tiny(run="no_test") == 0 and "kNN" in capsys.readouterr().out
+    (tmp_path / "images" / "train").rename(tmp_path / "elsewhere_too")
+    assert tiny(run="no_labels") == 0 and "kNN" not in capsys.readouterr().out
+    assert all(row["knn"] == "" for row in rows("no_labels"))
+    assert same(weights("no_test"), weights("no_labels")), "the monitor changes nothing"
+
+
+def test_a_folder_without_unlabeled_images_pretrains_on_the_training_images(tiny, tmp_path, capsys):
+    (tmp_path / "images" / "unlabeled").rename(tmp_path / "elsewhere")
+    assert tiny() == 0 and "BYOL: 10 images" in capsys.readouterr().out
+
+
+def test_pretraining_on_stl10_files(tmp_path, small):
+    write_stl10(tmp_path / "data")
+    assert train_byol.main(["--data-root", str(tmp_path / "data"), *TINY, "--image-size", "32", "--epochs", "1"]) == 0
+    assert len(rows("byol")) == 2
+
+
+def test_the_warm_up_is_shortened_to_half_of_the_run(tiny):
+    assert tiny("--warmup-epochs", "100", "--log-every", "1", "--learning-rate", "3.2") == 0
+    assert [float(row["learning_rate"]) for row in rows("tiny")] == pytest.approx([0, 0.05, 0.1, 0.05])
+
+
+def test_every_image_of_an_epoch_is_taken_once():
+    first, second = (train_byol.epoch_order(0, epoch, 50) for epoch in (0, 1))
+    assert sorted(first.tolist()) == list(range(50)) and not torch.equal(first, second)
+
+
+def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
+    train, seen = load_split("patterns", "train", "", 16), []
+
+    def knn(bank, labels, queries, classes):
+        seen.append((len(bank), len(queries)))
+        return torch.zeros(len(queries), dtype=torch.long)
+
+    monkeypatch.setattr(train_byol, "knn_predict", knn)
+    train_byol.monitor(torch.nn.Flatten(), train, 0, torch.device("cpu"), torch.float32)
+    assert seen == [(160, 40)]
+
+
+def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path):
+    """torchrun on CPU: the ranks share each batch of the epoch's permutation and stay equal bit for bit."""
+    write_folder(tmp_path / "images", per_class=5, unlabeled=20)
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import hashlib, sys
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+import torch, torch.distributed as dist, train_byol
+from conftest import small_encoder
+train_byol.build_encoder = small_encoder
+step, fetch, taken = train_byol.train_step, train_byol.fetch, []
+def recorded(pixels, index, device):
+    taken.extend(index.tolist())
+    return fetch(pixels, index, device)
+def hashed(network, model, *rest):
+    loss = step(network, model, *rest)
+    parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+    open(f"rank{{dist.get_rank()}}", "w").write(hashlib.sha256(parameters.numpy().tobytes()).hexdigest() + f" {{taken}}")
+    return loss
+train_byol.train_step, train_byol.fetch = hashed, recorded
+sys.exit(train_byol.main(sys.argv[1:]))
+""")
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533",
+                           "--", str(script), "--dataset", "images", *TINY, "--run", "two"],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (hash0, taken0), (hash1, taken1) = ((tmp_path / f"rank{r}").read_text().split(" ", 1) for r in (0, 1))
+    assert hash0 == hash1
+    taken0, taken1 = eval(taken0), eval(taken1)
+    for epoch in (0, 1):
+        shares = taken0[8 * epoch:8 * epoch + 8] + taken1[8 * epoch:8 * epoch + 8]
+        assert sorted(shares) == sorted(train_byol.epoch_order(0, epoch, 20)[:16].tolist())
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
+    assert json.loads((tmp_path / "runs" / "two" / "config.json").read_text())["world_size"] == 2
+    assert done.stdout.count("epoch   1/2") == 1

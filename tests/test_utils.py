@@ -1,0 +1,267 @@
+"""What both scripts share: constants and flags, randomness, encoders, kNN, files that are whole or absent."""
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import train_byol
+import train_classifier
+import utils
+from utils import (Metrics, UsageError, UserError, build_encoder, check_ranges, extract_features, knn_predict,
+                   load_encoder, plain_state_dict, read_constants, run_folder, save_torch,
+                   seeded_generator, seeded_init, select_device, select_precision, whole_file)
+
+
+def constants(*argv, script=train_byol):
+    return read_constants(vars(script), list(argv))
+
+
+# --------------------------------------------------------------------------------------------- constants and flags
+
+@pytest.mark.parametrize("script", [train_byol, train_classifier])
+def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        constants("--help", script=script)
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    values = vars(constants(script=script))
+    names = [name for name in values if name.isupper()]
+    assert {"DATASET", "RUN", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "DEVICE", "INIT", "ENCODER"} <= set(names)
+    assert not {"DEMO", "FREE", "COLUMNS", "PROTOCOLS"} & set(names)
+    for name in names:
+        assert values[name] == getattr(script, name)
+        default = ",".join(map(str, values[name])) if isinstance(values[name], tuple) else str(values[name])
+        help_text = shown[shown.index(f"{utils.flag(name)} VALUE"):].removeprefix(f"{utils.flag(name)} VALUE ")
+        comment, bracket, rest = help_text.partition(f" [{default}]")
+        assert bracket and len(comment) > 10 and " --" not in comment, name
+
+
+def test_flags_win_over_the_demo_and_the_demo_over_the_constants():
+    assert constants().DATASET == "stl10" and constants("--demo").DATASET == "patterns"
+    c = constants("--demo", "--epochs", "7", "--learning-rate=0.5")
+    assert (c.EPOCHS, c.LEARNING_RATE, c.RUN) == (7, 0.5, "demo") and c.given == {"EPOCHS", "LEARNING_RATE"}
+    assert constants("--seeds", "4,5", script=train_classifier).SEEDS == (4, 5)
+
+
+def test_both_demos_agree_on_the_data_and_the_run():
+    a, b = (constants("--demo", script=script) for script in (train_byol, train_classifier))
+    assert all(getattr(a, name) == getattr(b, name) for name in ("DATASET", "IMAGE_SIZE", "INIT", "RUN", "ENCODER"))
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--batchsize", "3"], "unknown flag --batchsize: did you mean --batch-size?"), (["--xyzzy"], "see --help"),
+    (["--epochs", "many"], "--epochs.*invalid int value: 'many'"), (["--learning-rate", "fast"], "invalid float value"),
+    (["--epochs"], "expected one argument"), (["stray"], "unknown flag stray")])
+def test_wrong_flags_are_named(argv, message):
+    with pytest.raises(UsageError, match=message):
+        constants(*argv)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_values_out_of_range_are_named(value):
+    with pytest.raises(UsageError, match="RATE is .*--rate"):
+        check_ranges(SimpleNamespace(RATE=value), RATE=(0.5, math.inf))
+
+
+def test_a_user_error_is_one_line_and_a_bug_keeps_its_traceback(capsys):
+    def fail(error):
+        def run(c):
+            raise error
+        return utils.run_script(vars(train_byol) | {"run": run}, [])
+
+    assert fail(UserError("the disk is full")) == 1 and fail(UsageError("no such flag")) == 2
+    assert capsys.readouterr().err == "error: the disk is full\nerror: no such flag\n"
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "/tmp/x", ".."])
+def test_a_run_name_cannot_leave_the_runs_folder(name):
+    with pytest.raises(UsageError, match="no run name"):
+        run_folder(name)
+
+
+# ------------------------------------------------------------------------------------------ randomness and hardware
+
+def test_generators_depend_on_seed_and_purpose_alone():
+    def draw(*key):
+        return torch.rand(4, generator=seeded_generator(*key)).tolist()
+
+    assert draw(0, "views", 3, 0) == draw(0, "views", 3, 0)
+    keys = [(0, "views", 3, 0), (1, "views", 3, 0), (0, "order", 3, 0), (0, "views", 4, 0), (0, "views", 3, 1)]
+    assert len({tuple(draw(*key)) for key in keys}) == 5
+
+
+def test_seeded_init_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    with seeded_init(0, "x"):
+        first = nn.Linear(3, 3).weight
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    with seeded_init(0, "x"):
+        assert torch.equal(nn.Linear(3, 3).weight, first)
+
+
+def test_a_device_that_is_not_there_is_named():
+    for name in ("cuda:7", "quantum"):
+        with pytest.raises(UserError, match=f"DEVICE '{name}'"):
+            select_device(name)
+    assert select_device("cpu").type == "cpu"
+
+
+def test_bf16_is_chosen_only_where_the_hardware_has_it(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(utils, "has_native_bf16", lambda device: native)
+        assert select_precision("auto", torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+    assert select_precision("bf16", torch.device("cpu")) == torch.bfloat16, "the constant overrides it"
+
+
+# -------------------------------------------------------------------------------------------------------- encoders
+
+def test_encoder_is_torchvisions_without_the_classifier():
+    encoder, feature_dim = build_encoder("resnet18", "random", seed=3)
+    assert feature_dim == 512 and encoder.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+    again, _ = build_encoder("resnet18", "random", seed=3)
+    other, _ = build_encoder("resnet18", "random", seed=4)
+    assert torch.equal(encoder.conv1.weight, again.conv1.weight)
+    assert not torch.equal(encoder.conv1.weight, other.conv1.weight)
+
+
+def test_encoder_from_a_weights_file_with_or_without_classifier(tmp_path):
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), tmp_path / "full.pt")
+    torch.save({k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}, tmp_path / "bare.pt")
+    for name in ("full.pt", "bare.pt"):
+        encoder, _ = build_encoder("resnet18", str(tmp_path / name), seed=0)
+        assert all(torch.equal(encoder.state_dict()[k], network.state_dict()[k]) for k in encoder.state_dict())
+
+
+def test_an_unknown_encoder_is_named_with_the_nearest():
+    with pytest.raises(UsageError, match="ENCODER 'resnet19' is unknown: did you mean 'resnet1"):
+        build_encoder("resnet19", "random", 0)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pt")
+    torch.save({"weights": Code()}, tmp_path / "code.pt")
+    torch.save({"model": {}, "step": 3}, tmp_path / "checkpoint.pt")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "resnet34.pt").read_bytes()[:1000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name, message in [("resnet34.pt", "do not fit ENCODER"), ("code.pt", "no weights file"),
+                          ("checkpoint.pt", "no state dict"), ("torn.pt", "no weights file"),
+                          ("empty.pt", "no weights file"), ("absent.pt", "does not exist")]:
+        with pytest.raises(UserError, match=message) as error:
+            build_encoder("resnet18", str(tmp_path / name), 0)
+        assert name in str(error.value)
+
+
+def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
+    with pytest.raises(UserError, match="INIT 'imagenet'.*unreachable.*set INIT to 'random'"):
+        build_encoder("resnet18", "imagenet", 0)
+
+
+def test_plain_state_dict_has_plain_memory():
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    weight = plain_state_dict(network)["weight"]
+    assert weight.is_contiguous() and torch.equal(weight, network.weight) and not weight.requires_grad
+    load_encoder(nn.Conv2d(3, 4, 3), plain_state_dict(network), "memory")
+
+
+# ------------------------------------------------------------------------------------------------- features and kNN
+
+def test_features_leave_the_encoder_as_it_was(device):
+    encoder, _ = build_encoder("resnet18", "random", 0)
+    encoder = encoder.to(device).train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    pixels = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    features = extract_features(encoder, pixels, device, torch.float32, batch_size=4)
+    assert features.shape == (10, 512) and not features.requires_grad and encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    whole = extract_features(encoder, pixels, device, torch.float32, batch_size=10)
+    torch.testing.assert_close(features, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_features_are_of_normalised_images():
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    features = extract_features(nn.Flatten(), pixels, torch.device("cpu"), torch.float32)
+    weights = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    expected = torchvision.transforms.v2.functional.normalize(pixels / 255, weights.mean, weights.std)
+    torch.testing.assert_close(features.sort()[0], expected.flatten(1).sort()[0], atol=1e-5, rtol=1e-5)
+
+
+def test_knn_agrees_with_brute_force(generator):
+    bank, queries = torch.randn(60, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    labels = torch.randint(0, 4, (60,), generator=generator)
+    predicted = knn_predict(bank, labels, queries, classes=4, k=7, temperature=0.2)
+    for query, mine in zip(queries.tolist(), predicted.tolist()):
+        def cosine(a):
+            return sum(x * y for x, y in zip(a, query)) / math.hypot(*a) / math.hypot(*query)
+        nearest = sorted(range(60), key=lambda i: -cosine(bank[i].tolist()))[:7]
+        votes = [sum(math.exp(cosine(bank[i].tolist()) / 0.2) for i in nearest if labels[i] == k) for k in range(4)]
+        assert mine == votes.index(max(votes))
+
+
+def test_knn_with_a_bank_smaller_than_k():
+    assert knn_predict(torch.eye(2), torch.tensor([0, 1]), torch.tensor([[0.1, 1.0]]), classes=2).tolist() == [1]
+
+
+# ---------------------------------------------------------------------------------------------------- whole files
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    with whole_file(path) as file:
+        file.write(b"first")
+    with pytest.raises(RuntimeError):
+        with whole_file(path) as file:
+            file.write(b"sec")
+            raise RuntimeError("killed")
+    assert path.read_bytes() == b"first" and [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_failing_disk_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="cannot write .*x.pt .No space left"):
+        with whole_file(tmp_path / "x.pt"):
+            raise OSError(28, "No space left on device")
+
+
+def test_checkpoint_round_trip_is_bit_exact(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    save_torch(tmp_path / "x.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": [0.1]})
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert all(torch.equal(v, loaded["model"][k]) for k, v in model.state_dict().items()) and loaded["losses"] == [0.1]
+    for key, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, loaded["optimizer"]["state"][key][name]) for name, v in state.items())
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.csv", ["step", "loss"], step=0)
+    for step in (10, 20, 30):
+        metrics.append(step=step, loss=step / 10)
+    again = Metrics(tmp_path / "metrics.csv", ["step", "loss"], step=20)
+    again.append(step=30, loss=4.0)
+    assert [(row["step"], row["loss"]) for row in again.rows()] == [("10", "1.0"), ("20", "2.0"), ("30", "4.0")]
+    assert Metrics(tmp_path / "metrics.csv", ["step", "loss"], step=0).rows() == []
+
+
+def test_json_is_written_whole(tmp_path):
+    utils.write_json(tmp_path / "x.json", {"a": [1, 2]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, 2]}
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="x.json cannot be read"):
+        utils.read_json(tmp_path / "x.json")
