@@ -104,7 +104,7 @@ def run(c: SimpleNamespace) -> None:
         metrics = Metrics(folder / "metrics.csv", COLUMNS, step)
 
     pending = []  # losses still on the device: reading one makes the host wait
-    logged = saved = plotted = time.monotonic()
+    logged = saved = plotted = told = time.monotonic()
     order = epoch_order(c.SEED, step // steps_per_epoch, len(images))
 
     def read_losses() -> None:
@@ -146,9 +146,11 @@ def run(c: SimpleNamespace) -> None:
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
                 if rank == 0:
                     metrics.append(**row)
-                if epoch_ends:
-                    say(f"epoch {epoch + 1:>3}/{c.EPOCHS}  loss {row['loss']:.3f}  spread {row['spread']:.3f}  "
-                        + (f"kNN {knn:.1f}%  " if train else "") + f"{speed:,.0f} images/s")
+                if epoch_ends or bar.disable and time.monotonic() - told > 30:  # without a bar, a line now and then
+                    told = time.monotonic()
+                    left = (total_steps - step) * c.BATCH_SIZE / speed / 60
+                    say(f"epoch {row['epoch']:.2f} of {c.EPOCHS}  loss {row['loss']:.3f}  spread {row['spread']:.3f}  "
+                        + (f"kNN {knn:.1f}%  " if knn else "") + f"{speed:,.0f} images/s  {left:.0f} min left")
                 if rank == 0 and time.monotonic() - plotted > 60:
                     plot_curves(folder / "curves.png", metrics.rows(), c)
                     plotted = time.monotonic()

@@ -26,7 +26,7 @@ from utils import (DEMO, UsageError, UserError, accuracy, autocast, build_encode
                    plain_state_dict, progress, read_json, read_weights, run_folder, run_script, same_constants,
                    save_torch, seeded_generator, seeded_init, select_device, select_precision, set_rate, write_json)
 
-# What to compare; the next five are taken from the run where it exists
+# What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared; results go there too
 DATASET = "stl10"  # stl10, patterns, or a folder with train/<class>/ and test/<class>/
 IMAGE_SIZE = 96  # pixels a side

@@ -60,7 +60,7 @@ def test_a_run_fills_its_folder(tiny, capsys):
     assert all(0 <= float(row["loss"]) <= 8 and float(row["spread"]) > 0 for row in table)
     assert [float(row["epoch"]) for row in table] == [1, 2] and all(row["knn"] for row in table)
     out = capsys.readouterr().out
-    assert "epoch   2/2" in out and "runs/tiny/encoder.pt" in out
+    assert "epoch 2.00 of 2  loss" in out and "runs/tiny/encoder.pt" in out
 
 
 def test_the_encoder_loads_into_plain_torchvision_and_gives_the_trained_features(tmp_path):
@@ -236,4 +236,4 @@ sys.exit(train_byol.main(sys.argv[1:]))
         assert sorted(shares) == sorted(train_byol.epoch_order(0, epoch, 20)[:16].tolist())
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
     assert json.loads((tmp_path / "runs" / "two" / "config.json").read_text())["world_size"] == 2
-    assert done.stdout.count("epoch   1/2") == 1
+    assert done.stdout.count("epoch 1.00 of 2") == 1
