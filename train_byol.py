@@ -8,8 +8,8 @@ Edit the constants below or pass them as flags. Everything goes to runs/RUN/: th
 dict (encoder.pt), the curves, and a checkpoint; the same command again continues an unfinished run.
 `torchrun --nproc-per-node=N train_byol.py ...` trains on N GPUs.
 """
+import contextlib
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,10 +24,10 @@ from byol import BYOL, learning_rate, target_decay, two_views
 from data import Split, fetch, load_split, place
 from plots import plot_curves, plot_views
 from utils import (DEMO, Metrics, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
-                   check_choice, check_ranges, constants_of, environment, extract_features, knn_predict,
-                   plain_state_dict, progress, rank_0_first, read_json, run_folder, run_script, same_constants, save_torch, seeded_generator,
-                   seeded_init, select_device, select_precision, set_rate, start_processes, stop_signals,
-                   wait_for_rank_0, write_json)
+                   check_choice, check_ranges, clear_run, constants_of, environment, extract_features, knn_predict,
+                   only_writer, plain_state_dict, progress, rank_0_first, read_checkpoint, read_json, run_folder,
+                   run_script, same_constants, save_checkpoint, save_torch, seeded_generator, seeded_init, select_device,
+                   select_precision, set_rate, start_processes, stop_signals, write_json)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
@@ -61,18 +61,25 @@ FREE = {"DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run
 
 
 def run(c: SimpleNamespace) -> None:
-    """Pretrain with the constants `c`, from the last checkpoint where there is one, and fill the run's folder."""
+    """Pretrain with the constants `c`; each run's folder has one writer."""
     check_constants(c)
     rank, world = start_processes()
     if c.BATCH_SIZE % world:
         raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} is not divisible by the {world} processes")
+    folder = run_folder(c.RUN)
+    with only_writer(folder) if rank == 0 else contextlib.nullcontext():
+        pretrain(c, folder, rank, world)
+
+
+def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
+    """Train from the last checkpoint where there is one, and fill the run's folder."""
     device = select_device(c.DEVICE)
     precision = select_precision(c.PRECISION, device)
-    folder = run_folder(c.RUN)
-    if rank == 0:
-        open_folder(folder, c, environment(device, precision))
-    wait_for_rank_0()
-    state = read_checkpoint(folder)
+    config = folder / "config.json"
+    state = None
+    if config.exists() and not c.overwrite:
+        same_constants(read_json(config, "constants")["constants"], constants_of(c), config, FREE)
+        state = read_checkpoint(folder)
     if state and state["step"] == state["total_steps"]:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
@@ -99,12 +106,17 @@ def run(c: SimpleNamespace) -> None:
         f"{steps_per_epoch} steps, on {device} in {str(precision).removeprefix('torch.')}"
         + (f", from step {step} of {total_steps}" if step else ""))
     if rank == 0:
+        if c.overwrite:  # only now, when everything that could be wrong has been looked at
+            clear_run(folder)
+        where = environment(device, precision)
+        write_json(config, {"constants": constants_of(c), "environment": where, "world_size": world})
         sample = images[:12].to(device)
         plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure")))
         metrics = Metrics(folder / "metrics.csv", COLUMNS, step)
 
     pending = []  # losses still on the device: reading one makes the host wait
     logged = saved = plotted = told = time.monotonic()
+    warned = False
     order = epoch_order(c.SEED, step // steps_per_epoch, len(images))
 
     def read_losses() -> None:
@@ -117,8 +129,9 @@ def run(c: SimpleNamespace) -> None:
     def save() -> None:
         read_losses()  # first, so that a sick state is never saved
         if rank == 0:
-            save_torch(folder / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                                  "step": step, "total_steps": total_steps, "losses": losses})
+            metrics.flush()
+            save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                     "total_steps": total_steps, "losses": losses})
 
     with stop_signals() as signals, progress(total=total_steps * c.BATCH_SIZE, initial=step * c.BATCH_SIZE,
                                              unit="image", unit_scale=True) as bar:
@@ -151,6 +164,10 @@ def run(c: SimpleNamespace) -> None:
                     left = (total_steps - step) * c.BATCH_SIZE / speed / 60
                     say(f"epoch {row['epoch']:.2f} of {c.EPOCHS}  loss {row['loss']:.3f}  spread {row['spread']:.3f}  "
                         + (f"kNN {knn:.1f}%  " if knn else "") + f"{speed:,.0f} images/s  {left:.0f} min left")
+                if row["spread"] < 0.1 * c.PROJECTION_DIM ** -0.5 and not warned:
+                    warned = True
+                    say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f} where "
+                        f"{c.PROJECTION_DIM ** -0.5:.3f} is healthy; lower LEARNING_RATE or raise BASE_DECAY")
                 if rank == 0 and time.monotonic() - plotted > 60:
                     plot_curves(folder / "curves.png", metrics.rows(), c)
                     plotted = time.monotonic()
@@ -234,22 +251,6 @@ def check_constants(c: SimpleNamespace) -> None:
                  CHECKPOINT_MINUTES=(0, math.inf))
     check_choice(c, "OPTIMIZER", ["sgd", "adamw"])
     check_choice(c, "PRECISION", ["auto", "bf16", "fp32"])
-
-
-def open_folder(folder: Path, c: SimpleNamespace, where: dict) -> None:
-    """Write config.json into a new run's folder; in one that exists, make sure that the constants are the same."""
-    config = folder / "config.json"
-    if c.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    if config.exists():
-        same_constants(read_json(config)["constants"], constants_of(c), config, FREE)
-    else:
-        write_json(config, {"constants": constants_of(c), "environment": where, "world_size": where["world_size"]})
-
-
-def read_checkpoint(folder: Path) -> dict | None:
-    path = folder / "checkpoint.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 def say(line: str) -> None:

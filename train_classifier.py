@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from byol import crop_resize, draw_crop, learning_rate, normalize
 from data import Split, fetch, load_split, place
 from plots import plot_comparison
-from utils import (DEMO, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer, check_choice,
+from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer, check_choice,
                    check_ranges, constants_of, environment, extract_features, flag, knn_predict, load_encoder,
-                   plain_state_dict, progress, read_json, read_weights, run_folder, run_script, same_constants,
-                   save_torch, seeded_generator, seeded_init, select_device, select_precision, set_rate, write_json)
+                   only_writer, plain_state_dict, progress, read_json, read_weights, run_folder, run_script,
+                   same_constants, save_torch, seeded_generator, seeded_init, select_device, select_precision, set_rate,
+                   stop_signals, write_json)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared; results go there too
@@ -55,19 +56,24 @@ PROBE_PENALTIES = tuple(10.0 ** e for e in range(-6, 2))  # L2 penalties that th
 
 
 def run(c: SimpleNamespace) -> None:
-    """Compare both arms with the constants `c`: a table, results.json, comparison.png and classifier.pt."""
+    """Compare both arms with the constants `c`; each run's folder has one writer."""
     folder = run_folder(c.RUN)
     pretrained = adopt_run(c, folder)
     check_constants(c)
+    with only_writer(folder), stop_signals() as signals:
+        compare(c, folder, pretrained, signals)
+
+
+def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None, signals: list[int]) -> None:
+    """Train what is missing of every seed and arm; leaves a table, results.json, comparison.png and classifier.pt."""
     device = select_device(c.DEVICE)
     precision = select_precision(c.PRECISION, device)
-    results = open_results(folder / "results.json", c, environment(device, precision))
-
     train, test = (load_split(c.DATASET, split, c.DATA_ROOT, c.IMAGE_SIZE) for split in ("train", "test"))
     for name, split in (("train", train), ("test", test)):
         if split is None:
             raise UserError(f"DATASET {c.DATASET!r} has no {name}/: the classifier needs {name}/<class>/ with images")
     train, test = (split._replace(pixels=place(split.pixels, device)) for split in (train, test))
+    results = open_results(folder / "results.json", c, environment(device, precision))
     arms = [BASELINE] + ([WITH_BYOL] if pretrained else [])
     print(f"{c.ENCODER} from {c.INIT} weights, {c.DATASET} at {c.IMAGE_SIZE} px: {len(train.labels):,} training and "
           f"{len(test.labels):,} test images of {len(train.classes)} classes, on {device} in "
@@ -82,7 +88,7 @@ def run(c: SimpleNamespace) -> None:
                 load_encoder(encoder, read_weights(pretrained), pretrained)
             encoder = encoder.to(device, memory_format=torch.channels_last)
             record = {"arm": arm, "seed": seed} | evaluate_frozen(encoder, train, test, seed, device, precision)
-            network = fine_tune(encoder, feature_dim, train, seed, c, device, precision, f"{arm}, seed {seed}")
+            network = fine_tune(encoder, feature_dim, train, seed, c, device, precision, signals, f"{arm}, seed {seed}")
             predicted = extract_features(network, test.pixels, device, precision).argmax(dim=1).cpu()
             record["fine-tuning"] = accuracy(predicted, test.labels)
             if arm == arms[-1] and seed == c.SEEDS[0]:
@@ -110,7 +116,7 @@ def adopt_run(c: SimpleNamespace, folder: Path) -> Path | None:
     config = folder / "config.json"
     if not config.exists():
         return None
-    of_run = read_json(config)["constants"]
+    of_run = read_json(config, "constants")["constants"]
     for name in OF_THE_RUN:
         if name in c.given and getattr(c, name) != of_run[name]:
             raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: leave the "
@@ -127,16 +133,17 @@ def open_results(path: Path, c: SimpleNamespace, where: dict) -> dict:
         path.unlink(missing_ok=True)
     if not path.exists():
         return {"constants": constants_of(c), "environment": where, "records": []}
-    results = read_json(path)
+    results = read_json(path, "records")
     same_constants(results["constants"], constants_of(c), path, FREE)
     return results
 
 
 def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, seed: int, c: SimpleNamespace, device: torch.device,
-              precision: torch.dtype, title: str) -> nn.Module:
+              precision: torch.dtype, signals: list[int] = (), title: str = "") -> nn.Module:
     """Train encoder and a new head on the labelled images; returns the encoder with the head as its `fc`.
 
-    The head, the order and the crops come from the seed alone, so two encoders meet the same ones.
+    The head, the order and the crops come from the seed alone, so two encoders meet the same ones. Raises Stopped
+    when `signals` holds one.
     """
     with seeded_init(seed, "head"):
         encoder.fc = nn.Linear(feature_dim, len(train.classes))
@@ -166,6 +173,9 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, seed: int, c: 
             F.cross_entropy(scores.float(), labels[index.to(device)]).backward()
             optimizer.step()
             bar.update()
+            if signals:
+                raise Stopped("stopped: the results so far are kept, and the same command continues at the first that is "
+                              "missing", signals[0])
     return network
 
 

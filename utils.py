@@ -18,6 +18,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Callable, Iterator
 
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,6 +35,10 @@ from byol import normalize, parameter_groups
 
 # `--demo`: what both scripts share of it; each adds its own
 DEMO = {"DATASET": "patterns", "IMAGE_SIZE": 32, "INIT": "random", "RUN": "demo"}
+
+
+# What torch.load raises for a file that is torn, foreign, or holds more than tensors and plain values
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
 
 
 class UserError(Exception):
@@ -207,11 +216,6 @@ def start_processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wait_for_rank_0() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 alone downloads and fills caches; the others come after it and find everything there."""
@@ -266,7 +270,7 @@ def read_weights(path: Path) -> dict:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"weights file {path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is no weights file ({type(error).__name__}): it must be a state dict that torch.save "
                         "wrote") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -340,6 +344,7 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------- the run's folder
 
 RUNS = Path("runs")
+LOCK = ".lock"
 
 
 def run_folder(name: str) -> Path:
@@ -361,11 +366,39 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or one_line(error)}): make space or choose another "
-                        "folder") from error
+        raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def clear_run(folder: Path) -> None:
+    """Remove a run's files, all but the lock that this process holds."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder writable, then "
+                     "run the same command again")
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; the system lets go of it when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")
+    except OSError as error:
+        raise cannot_write(folder / LOCK, error) from error
+    with lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is being written by another process: wait for it, or choose another RUN") from error
+        yield
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -373,10 +406,13 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, key: str) -> dict:
+    """A JSON object that this code wrote, which `key` tells. Raises UserError for any other file."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+        content[key]
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): --overwrite starts anew") from error
 
 
@@ -387,7 +423,8 @@ def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
                if before.get(name) != now.get(name) and name not in free]
     if changed:
         raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
-                        "--overwrite to start anew")
+                        "--overwrite to start anew" + (" (the schedules span all EPOCHS: a longer run is another run)"
+                                                       if before.get("EPOCHS") != now.get("EPOCHS") else ""))
 
 
 def environment(device: torch.device, precision: torch.dtype) -> dict:
@@ -411,7 +448,38 @@ def hardware_name(device: torch.device) -> str:
 def save_torch(path: Path, content: Any) -> None:
     """torch.save, whole or not at all."""
     with whole_file(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's writer hides the OSError that stopped it
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write checkpoint.pt; the one before it stays as checkpoint.previous.pt until the next."""
+    current, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    save_torch(folder / "checkpoint.next.pt", state)
+    if current.exists():
+        os.replace(current, previous)
+    os.replace(folder / "checkpoint.next.pt", current)
+
+
+def read_checkpoint(folder: Path) -> dict | None:
+    """The latest checkpoint that is whole; says so where that is not the last one written. None where there is none.
+
+    Raises UserError where there are checkpoints and none can be read.
+    """
+    found = [folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt") if (folder / name).exists()]
+    for path in found:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and {"model", "optimizer", "step", "total_steps", "losses"} <= state.keys():
+                return state
+        except UNREADABLE:
+            pass
+        print(f"{path} is torn or no checkpoint of this code; looking for the one before it", flush=True)
+    if found:
+        raise UserError(f"no checkpoint in {folder} can be read: --overwrite starts anew")
+    return None
 
 
 class Metrics:
@@ -421,19 +489,27 @@ class Metrics:
         self.path, self.columns = path, columns
         rows = [row for row in self.rows() if int(row["step"]) <= step] if step > 0 and path.exists() else []
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         with whole_file(path) as file:
             file.write(text.getvalue().encode())
 
     def rows(self) -> list[dict[str, str]]:
-        with open(self.path, newline="") as file:
-            return list(csv.DictReader(file))
+        whole_lines, _, _ = self.path.read_text().rpartition("\n")  # a killed process may leave half a row
+        return list(csv.DictReader(whole_lines.splitlines()))
 
     def append(self, **row: float | str) -> None:
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def flush(self) -> None:
+        """Bring the rows to the disk, so that no checkpoint is ever ahead of them."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
 
 
 class Stopped(Exception):

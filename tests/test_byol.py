@@ -84,6 +84,13 @@ def test_no_gradient_reaches_the_target():
                for p in m.parameters())
 
 
+def test_loss_gives_its_target_no_gradient():
+    p, z = torch.randn(2, 4, 8).unbind(0)
+    p.requires_grad_(), z.requires_grad_()
+    byol.byol_loss(p, z).sum().backward()
+    assert p.grad is not None and z.grad is None
+
+
 def test_predictor_matters():
     model, (a, b) = small_byol(), views()
     before = model(a, b).item()

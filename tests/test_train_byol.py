@@ -1,4 +1,5 @@
 """Pretraining end to end on tiny data: the loop, the run's folder, stopping and continuing, several processes."""
+import copy
 import csv
 import json
 import os
@@ -12,9 +13,11 @@ import torch
 import torchvision
 
 import train_byol
+from byol import BYOL
+from conftest import small_encoder
 from data import load_split
 from test_data import write_folder, write_stl10
-from utils import extract_features, read_constants
+from utils import build_optimizer, extract_features, read_constants
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
@@ -50,8 +53,8 @@ def same(a, b):
 
 def test_a_run_fills_its_folder(tiny, capsys):
     assert tiny() == 0
-    assert {p.name for p in Path("runs/tiny").iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt", "encoder.pt",
-                                                             "views.png", "curves.png"}
+    assert {p.name for p in Path("runs/tiny").iterdir()} == {".lock", "config.json", "metrics.csv", "checkpoint.pt",
+                                                             "encoder.pt", "views.png", "curves.png"}
     config = json.loads(Path("runs/tiny/config.json").read_text())
     assert config["constants"]["BATCH_SIZE"] == 8 and config["world_size"] == 1
     assert config["environment"]["torch"] == torch.__version__
@@ -182,6 +185,22 @@ def test_pretraining_on_stl10_files(tmp_path, small):
 def test_the_warm_up_is_shortened_to_half_of_the_run(tiny):
     assert tiny("--warmup-epochs", "100", "--log-every", "1", "--learning-rate", "3.2") == 0
     assert [float(row["learning_rate"]) for row in rows("tiny")] == pytest.approx([0, 0.05, 0.1, 0.05])
+
+
+def test_a_training_step_moves_the_online_network_and_then_the_target():
+    model = BYOL(small_encoder("", "random", 0)[0], 64, 16, 8)
+    optimizer = build_optimizer(model, "sgd", 0.1, 0)
+    before = copy.deepcopy(model)
+    views = tuple(torch.randn(2, 8, 3, 16, 16).unbind(0))
+    loss = train_byol.train_step(model, model, optimizer, views, 0.05, 0.75, torch.float32)
+    assert loss.shape == () and not loss.requires_grad
+    pairs = [(model.online_encoder, model.target_encoder, before.target_encoder),
+             (model.online_projector, model.target_projector, before.target_projector)]
+    for online, target, old in pairs:
+        for p, new, q in zip(online.parameters(), target.parameters(), old.parameters()):
+            torch.testing.assert_close(new, 0.75 * q + 0.25 * p)
+    for p, q in zip(model.predictor.parameters(), before.predictor.parameters()):
+        torch.testing.assert_close(p, q - 0.05 * p.grad)  # the rate of the call, not the optimizer's
 
 
 def test_every_image_of_an_epoch_is_taken_once():

@@ -1,6 +1,8 @@
 """The comparison: fairness of the two arms, the probe, the run's settings, and the whole path on tiny data."""
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -67,14 +69,14 @@ def test_an_interrupted_comparison_goes_on_at_the_first_missing_arm(pretrained, 
     compare("--overwrite", "--seeds", "0")
     tune, trained = train_classifier.fine_tune, []
 
-    def dies(*args):
+    def interrupted(*args):
         trained.append(args[-1])
         if len(trained) == 4:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return tune(*args)
 
-    monkeypatch.setattr(train_classifier, "fine_tune", dies)
-    assert compare("--overwrite") == 130 and len(results()["records"]) == 3
+    monkeypatch.setattr(train_classifier, "fine_tune", interrupted)
+    assert compare("--overwrite") == 143 and len(results()["records"]) == 3
     assert compare() == 0 and len(trained) == 7
     assert results()["records"] == whole
 
@@ -149,7 +151,7 @@ def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
         build = train_classifier.build_optimizer
         monkeypatch.setattr(train_classifier, "build_optimizer",
                             lambda *a: first.append(heads[0].weight.detach().clone()) or build(*a))
-        fine_tune(encoder, feature_dim, patterns(), 5, constants(), CPU, torch.float32, "")
+        fine_tune(encoder, feature_dim, patterns(), 5, constants(), CPU, torch.float32)
         meetings.append((first[0], batches, torch.stack([box for box, _ in crops])))
         monkeypatch.undo()
     (head_a, batches_a, crops_a), (head_b, batches_b, crops_b) = meetings
@@ -166,9 +168,9 @@ def test_identical_encoders_gain_exactly_nothing(pretrained, monkeypatch):
 def test_the_heads_differ_between_seeds_and_the_encoder_is_trained():
     encoder, feature_dim = small_encoder("", "random", 0)
     before = encoder.conv.weight.detach().clone()
-    a = fine_tune(encoder, feature_dim, patterns(), 0, constants(), CPU, torch.float32, "")
+    a = fine_tune(encoder, feature_dim, patterns(), 0, constants(), CPU, torch.float32)
     assert not torch.equal(a.conv.weight, before)
-    b = fine_tune(small_encoder("", "random", 0)[0], feature_dim, patterns(), 1, constants(), CPU, torch.float32, "")
+    b = fine_tune(small_encoder("", "random", 0)[0], feature_dim, patterns(), 1, constants(), CPU, torch.float32)
     assert not torch.equal(a.fc.weight, b.fc.weight)
 
 

@@ -264,4 +264,4 @@ def test_json_is_written_whole(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, 2]}
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="x.json cannot be read"):
-        utils.read_json(tmp_path / "x.json")
+        utils.read_json(tmp_path / "x.json", "a")
