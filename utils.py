@@ -38,7 +38,7 @@ DEMO = {"DATASET": "patterns", "IMAGE_SIZE": 32, "INIT": "random", "RUN": "demo"
 
 
 # What torch.load raises for a file that is torn, foreign, or holds more than tensors and plain values
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError)
 
 
 class UserError(Exception):

@@ -1,0 +1,325 @@
+"""Everything that goes wrong for a user: one line on stderr that names it, and the run's files as they were."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import data
+import train_byol
+import train_classifier
+import utils
+from conftest import small_encoder
+from test_data import write_folder, write_stl10
+from test_train_byol import REPOSITORY, TINY, rows, same, weights, without_timings
+from test_train_classifier import QUICK
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for script in (train_byol, train_classifier):
+            patch.setattr(script, "build_encoder", small_encoder)
+        write_folder(folder / "images", per_class=10, unlabeled=20)
+        write_stl10(folder / "data")
+        assert train_byol.main(["--dataset", "images", *TINY, "--run", "tiny"]) == 0
+        assert train_classifier.main(["--run", "tiny", *QUICK, "--seeds", "0"]) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path, small):
+    """A finished run `tiny`, compared, on the folder `images`; beside it STL-10 files in `data`."""
+    shutil.copytree(finished_once, tmp_path, dirs_exist_ok=True)
+
+
+def refused(capsys, script, argv, status, *needles):
+    """The command fails with one last line on stderr that holds the needles, and no file of any run changes."""
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert script.main(argv) == status
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and all(needle in line for needle in needles), line
+    after = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert {path: after.get(path) for path in before} == before
+
+
+def pretraining(*argv):
+    return ["--dataset", "images", *TINY, "--run", "tiny", "--overwrite", *argv]  # the worst case: told to overwrite
+
+
+@pytest.mark.parametrize("argv, status, needles", [
+    (["--dataset", "stl11"], 1, ["DATASET 'stl11'"]),
+    (["--dataset", "nowhere/images"], 1, ["DATASET 'nowhere/images'"]),
+    (["--batch-size", "0"], 2, ["BATCH_SIZE is 0"]), (["--batch-size", "1"], 2, ["BATCH_SIZE is 1"]),
+    (["--batch-size", "-4"], 2, ["BATCH_SIZE is -4"]), (["--batch-size", "21"], 2, ["BATCH_SIZE is 21", "20 images"]),
+    (["--epochs", "0"], 2, ["EPOCHS is 0"]), (["--epochs", "-1"], 2, ["EPOCHS is -1"]),
+    (["--image-size", "15"], 2, ["IMAGE_SIZE is 15"]), (["--learning-rate", "-0.1"], 2, ["LEARNING_RATE is -0.1"]),
+    (["--learning-rate", "nan"], 2, ["LEARNING_RATE is nan"]), (["--learning-rate", "fast"], 2, ["--learning-rate", "fast"]),
+    (["--base-decay", "1.5"], 2, ["BASE_DECAY is 1.5", "from 0 to 1"]), (["--epoch", "3"], 2, ["--epoch", "--epochs"]),
+    (["--frobnicate", "3"], 2, ["--frobnicate"]), (["--optimizer", "lars"], 2, ["OPTIMIZER 'lars'"]),
+    (["--precision", "fp8"], 2, ["PRECISION 'fp8'"]), (["--run", "../../etc"], 2, ["RUN '../../etc'"])])
+def test_constants_that_cannot_be(finished, capsys, argv, status, needles):
+    refused(capsys, train_byol, pretraining(*argv), status, *needles)
+
+
+def test_cuda_where_there_is_none(finished, capsys, monkeypatch):
+    refused(capsys, train_byol, pretraining("--device", f"cuda:{torch.cuda.device_count()}"), 1, "DEVICE 'cuda:")
+
+
+def test_folders_that_cannot_be(finished, capsys, monkeypatch):
+    Path("empty").mkdir()
+    refused(capsys, train_byol, pretraining("--dataset", "empty"), 1, "'empty' has neither unlabeled/ nor train/")
+    Path("empty/unlabeled").mkdir()
+    refused(capsys, train_byol, pretraining("--dataset", "empty"), 1, "empty/unlabeled holds no images")
+    Path("empty/train").mkdir()
+    refused(capsys, train_byol, pretraining("--dataset", "empty"), 1, "empty/train holds no class folders")
+    Path("images/test/zebra").mkdir()
+    refused(capsys, train_classifier, ["--run", "tiny", *QUICK], 1, "images/test/zebra", "'zebra' is not in images/train")
+    Path("images/test/zebra").rmdir()
+    Path("images/train/zebra").mkdir()
+    refused(capsys, train_classifier, ["--run", "tiny", *QUICK], 1, "images/train/zebra holds no images")
+    Path("images/train/zebra").rmdir()
+    monkeypatch.setattr(data.os, "access", lambda path, mode: "unlabeled" not in str(path))  # root may read everything
+    refused(capsys, train_byol, pretraining(), 1, "images/unlabeled cannot be read: permission denied")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", "truncated", "other"])
+def test_a_broken_image_among_many_is_skipped_and_named(tmp_path, small, capsys, content):
+    write_folder(tmp_path / "images", unlabeled=120)
+    file = tmp_path / "images/unlabeled/some/depth/7.png"
+    if content == "truncated":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
+        content = file.read_bytes()[:2000]
+    if content == "other":  # a mislabelled file
+        Image.new("RGB", (20, 20)).save(tmp_path / "x.gif")
+        content = (tmp_path / "x.gif").read_bytes()
+    file.write_bytes(content)
+    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "skipped 1 of 120 images" in out and "7.png" in out and "BYOL: 119 images" in out
+
+
+def test_more_broken_images_than_one_in_a_hundred(finished, capsys):
+    Path("images/unlabeled/some/depth/3.png").write_bytes(b"")
+    refused(capsys, train_byol, pretraining(), 1, "1 of 20 images in images/unlabeled cannot be read", "3.png")
+
+
+def test_stl10_files_that_cannot_be(finished, capsys, monkeypatch):
+    argv = pretraining("--dataset", "stl10", "--image-size", "32")
+    folder = Path("data/stl10_binary")
+    whole = (folder / "unlabeled_X.bin").read_bytes()
+    for content in (whole[:-1], whole[:1000], b""):  # odd length, truncated, empty
+        (folder / "unlabeled_X.bin").write_bytes(content)
+        refused(capsys, train_byol, argv, 1, "data/stl10_binary/unlabeled_X.bin has", "bytes")
+    (folder / "unlabeled_X.bin").write_bytes(whole)
+    labels = (folder / "train_y.bin").read_bytes()
+    for content, needle in ((labels[:-1], "19 labels for the 20 images"), (b"\0" + labels[1:], "labels from 0"),
+                            (b"\x0b" + labels[1:], "labels from 1 to 11"), (b"", "0 labels for the 20 images")):
+        (folder / "train_y.bin").write_bytes(content)
+        refused(capsys, train_byol, argv, 1, "data/stl10_binary/train_y.bin", needle)
+    (folder / "train_y.bin").unlink()
+
+    def refuse(*args, **kwargs):
+        raise OSError("<urlopen error [Errno 101] Network is unreachable>")
+
+    monkeypatch.setattr(data, "download_and_extract_archive", refuse)
+    refused(capsys, train_byol, argv, 1, "train_y.bin is missing", "unreachable", "data/stl10_binary", "--demo")
+
+
+class Code:
+    """A pickle that would run code when it is loaded."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+@pytest.mark.parametrize("make, needles", [
+    (lambda path: None, ["weights.pt does not exist"]),
+    (lambda path: path.write_bytes(b"torn"), ["weights.pt is no weights file"]),
+    (lambda path: torch.save(torchvision.models.resnet34().state_dict(), path), ["weights.pt do not fit ENCODER"]),
+    (lambda path: torch.save({"x": Code()}, path), ["weights.pt is no weights file"]),
+    (lambda path: torch.save({"model": {}, "optimizer": {}, "step": 1}, path), ["weights.pt is no state dict"])])
+def test_weights_that_cannot_be(finished, capsys, monkeypatch, tmp_path, make, needles):
+    monkeypatch.setattr(train_byol, "build_encoder", utils.build_encoder)
+    make(tmp_path / "weights.pt")
+    refused(capsys, train_byol, pretraining("--init", "weights.pt"), 1, *needles)
+    assert not Path("executed").exists()
+
+
+def test_imagenet_weights_offline(finished, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr(train_byol, "build_encoder", utils.build_encoder)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
+    refused(capsys, train_byol, pretraining("--init", "imagenet"), 1, "INIT 'imagenet'", "not known", "'random'")
+    refused(capsys, train_byol, pretraining("--encoder", "vgg11"), 2, "ENCODER 'vgg11'")
+
+
+def test_changed_constants_and_contradictions(finished, capsys):
+    refused(capsys, train_byol, ["--dataset", "images", *TINY, "--run", "tiny", "--epochs", "9"], 1, "EPOCHS 2 -> 9",
+            "a longer run is another run", "--overwrite")
+    refused(capsys, train_classifier, ["--run", "tiny", *QUICK, "--image-size", "99"], 2, "--image-size 99 contradicts",
+            "config.json", "16")
+    refused(capsys, train_classifier, ["--run", "tiny", *QUICK, "--seeds", "0", "--epochs", "9"], 1, "EPOCHS 2 -> 9")
+
+
+def test_a_config_that_is_not_ours(finished, capsys):
+    Path("runs/tiny/config.json").write_text("[]")
+    for script in (train_byol, train_classifier):
+        refused(capsys, script, ["--run", "tiny"], 1, "runs/tiny/config.json cannot be read")
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
+    write_folder(tmp_path / "images")
+    Path("runs").write_text("a file")
+    assert train_byol.main(["--dataset", "images", *TINY]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot write runs/byol/.lock") and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ torn checkpoints
+
+@pytest.fixture
+def stopped(tmp_path, small, monkeypatch):
+    """A run `parts` that was stopped after step 3 of 4, with a checkpoint after each step; and `whole`, which was not."""
+    write_folder(tmp_path / "images", unlabeled=20)
+    argv = ["--dataset", "images", *TINY, "--checkpoint-minutes", "0", "--run"]
+    assert train_byol.main([*argv, "whole"]) == 0
+    step, calls = train_byol.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train_byol, "train_step", interrupted)
+    assert train_byol.main([*argv, "parts"]) == 130
+    return [*argv, "parts"]
+
+
+@pytest.mark.parametrize("tear", [lambda data: data[:-1000], lambda data: b"", lambda data: b"foreign"])
+def test_the_previous_checkpoint_serves_for_a_torn_one(stopped, capsys, tear):
+    path = Path("runs/parts/checkpoint.pt")
+    path.write_bytes(tear(path.read_bytes()))
+    capsys.readouterr()
+    assert train_byol.main(stopped) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint.pt is torn" in out and "from step " in out
+    assert same(weights("whole"), weights("parts")) and without_timings("whole") == without_timings("parts")
+
+
+def test_without_any_whole_checkpoint_nothing_is_overwritten(stopped, capsys):
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        Path("runs/parts", name).write_bytes(b"torn")
+    refused(capsys, train_byol, stopped, 1, "no checkpoint in runs/parts can be read", "--overwrite")
+
+
+def test_a_torn_row_of_metrics_is_cut(stopped):
+    with open("runs/parts/metrics.csv", "a") as file:
+        file.write("2,0.")
+    assert train_byol.main(stopped) == 0
+    assert without_timings("whole") == without_timings("parts")
+
+
+# ------------------------------------------------------------------------------------------------------- full disks
+
+def limited(code, limit):
+    """Run Python code in a process whose files cannot grow beyond `limit` bytes, as on a full disk."""
+    return subprocess.run([sys.executable, "-c", f"""
+import resource, sys
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+import train_byol, utils
+from conftest import small_encoder
+train_byol.build_encoder = small_encoder
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+{code}"""], capture_output=True, text=True)
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint(stopped):
+    before = Path("runs/parts/checkpoint.pt").read_bytes()
+    done = limited(f"sys.exit(train_byol.main({stopped}))", limit=len(before) // 2)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write runs/parts/"), done.stderr
+    assert Path("runs/parts/checkpoint.pt").read_bytes() == before
+    assert not list(Path("runs/parts").glob("*.tmp"))
+    assert train_byol.main(stopped) == 0 and same(weights("whole"), weights("parts"))
+
+
+def test_a_disk_that_fills_up_during_a_row_of_metrics(stopped, monkeypatch):
+    before = Path("runs/parts/checkpoint.pt").read_bytes()
+    size = Path("runs/parts/metrics.csv").stat().st_size
+    done = limited(f"""
+utils.Metrics.__init__ = lambda self, path, columns, step: self.__dict__.update(path=path, columns=columns)
+train_byol.plot_views = train_byol.write_json = lambda *a: None
+sys.exit(train_byol.main({stopped}))""", limit=size + 10)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write runs/parts/metrics.csv"), done.stderr
+    assert Path("runs/parts/checkpoint.pt").read_bytes() == before
+    assert train_byol.main(stopped) == 0 and without_timings("whole") == without_timings("parts")
+
+
+def test_a_disk_that_fills_up_during_the_cache_of_a_folder(tmp_path, small):
+    write_folder(tmp_path / "images", unlabeled=60)
+    argv = ["--dataset", "images", *TINY]
+    done = limited(f"sys.exit(train_byol.main({argv}))", limit=20_000)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write the image cache data/cache/"), done.stderr
+    assert not list(Path("data/cache").glob("*unlabeled*"))
+    assert train_byol.main(argv) == 0 and len(rows("byol")) > 0
+
+
+# ---------------------------------------------------------------------------------------------------- other troubles
+
+def test_a_second_writer_is_refused_while_the_first_lives(stopped, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys, time
+sys.path.insert(0, {str(REPOSITORY)!r})
+from utils import only_writer, run_folder
+with only_writer(run_folder("parts")):
+    print("held", flush=True)
+    time.sleep(600)"""], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        refused(capsys, train_byol, stopped, 1, "runs/parts is being written by another process")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert train_byol.main(stopped) == 0, "the lock of a dead process is no obstacle"
+
+
+def test_a_second_interrupt_stops_at_once(stopped, monkeypatch, capsys):
+    def twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+
+    before = Path("runs/parts/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(train_byol, "train_step", twice)
+    assert train_byol.main(stopped) == 130 and "stopped at once" in capsys.readouterr().out
+    assert Path("runs/parts/checkpoint.pt").read_bytes() == before
+
+
+def test_collapse_is_warned_of_once(tmp_path, small, monkeypatch, capsys):
+    write_folder(tmp_path / "images", unlabeled=20)
+    step = train_byol.train_step
+
+    def collapsed(network, model, *rest):
+        loss = step(network, model, *rest)
+        model.spread.zero_()
+        return loss
+
+    monkeypatch.setattr(train_byol, "train_step", collapsed)
+    assert train_byol.main(["--dataset", "images", *TINY, "--log-every", "1"]) == 0
+    assert capsys.readouterr().out.count("warning: the embeddings collapse") == 1
