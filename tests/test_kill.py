@@ -1,0 +1,23 @@
+"""The short form of tests/kill.py: a small encoder, a few kills."""
+import sys
+from pathlib import Path
+
+from kill import kill_often
+from test_data import write_folder
+from test_train_byol import REPOSITORY, TINY
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path):
+    write_folder(tmp_path / "images", per_class=5, unlabeled=40)
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+import train_byol
+from conftest import small_encoder
+train_byol.build_encoder = small_encoder
+sys.exit(train_byol.main(sys.argv[1:]))
+""")
+    command = [sys.executable, str(script), "--dataset", "images", *TINY, "--epochs", "40", "--checkpoint-minutes", "0.002"]
+    counts = kill_often(command, Path(tmp_path), kills=3, seconds=1.5)
+    assert counts["killed"] == 3 and counts["continued"] > 0 and counts["runs"] > 0
