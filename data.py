@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import STL10
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as tv
 
-from utils import UserError, one_line, progress, seeded_generator, write_json
+from runs import write_json
+from utils import UserError, one_line, progress, seeded_generator
 
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]

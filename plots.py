@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from byol import denormalize
-from utils import whole_file
+from runs import whole_file
 
 BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#666666"  # told apart by colour-blind readers too (Okabe & Ito)
 

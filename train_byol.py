@@ -23,11 +23,12 @@ from tqdm import tqdm
 from byol import BYOL, learning_rate, target_decay, two_views
 from data import Split, fetch, load_split, place
 from plots import plot_curves, plot_views
-from utils import (DEMO, Metrics, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
-                   check_choice, check_ranges, clear_run, constants_of, environment, extract_features, knn_predict,
-                   only_writer, plain_state_dict, progress, rank_0_first, read_checkpoint, read_json, run_folder,
-                   run_script, same_constants, save_checkpoint, save_torch, seeded_generator, seeded_init, select_device,
-                   select_precision, set_rate, start_processes, stop_signals, write_json)
+from runs import (Metrics, clear_run, only_writer, read_checkpoint, read_json, run_folder, same_constants,
+                  save_checkpoint, save_torch, stop_signals, write_json)
+from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
+                   check_choice, check_ranges, constants_of, environment, extract_features, knn_predict,
+                   plain_state_dict, progress, rank_0_first, run_script, seeded_generator, seeded_init, select_device,
+                   select_precision, set_rate, start_processes)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/

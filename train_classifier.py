@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from byol import crop_resize, draw_crop, learning_rate, normalize
 from data import Split, fetch, load_split, place
 from plots import plot_comparison
-from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer, check_choice,
-                   check_ranges, constants_of, environment, extract_features, flag, knn_predict, load_encoder,
-                   only_writer, plain_state_dict, progress, read_json, read_weights, run_folder, run_script,
-                   same_constants, save_torch, seeded_generator, seeded_init, select_device, select_precision, set_rate,
-                   stop_signals, write_json)
+from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
+from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
+                   check_choice, check_ranges, constants_of, environment, extract_features, flag, knn_predict,
+                   load_encoder, plain_state_dict, progress, read_weights, run_script, seeded_generator, seeded_init,
+                   select_device, select_precision, set_rate)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared; results go there too

@@ -240,7 +240,7 @@ def limited(code, limit):
     return subprocess.run([sys.executable, "-c", f"""
 import resource, sys
 sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
-import train_byol, utils
+import runs, train_byol
 from conftest import small_encoder
 train_byol.build_encoder = small_encoder
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
@@ -261,7 +261,7 @@ def test_a_disk_that_fills_up_during_a_row_of_metrics(stopped, monkeypatch):
     before = Path("runs/parts/checkpoint.pt").read_bytes()
     size = Path("runs/parts/metrics.csv").stat().st_size
     done = limited(f"""
-utils.Metrics.__init__ = lambda self, path, columns, step: self.__dict__.update(path=path, columns=columns)
+runs.Metrics.__init__ = lambda self, path, columns, step: self.__dict__.update(path=path, columns=columns)
 train_byol.plot_views = train_byol.write_json = lambda *a: None
 sys.exit(train_byol.main({stopped}))""", limit=size + 10)
     assert done.returncode == 1
@@ -286,7 +286,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(stopped, capsys):
     holder = subprocess.Popen([sys.executable, "-c", f"""
 import sys, time
 sys.path.insert(0, {str(REPOSITORY)!r})
-from utils import only_writer, run_folder
+from runs import only_writer, run_folder
 with only_writer(run_folder("parts")):
     print("held", flush=True)
     time.sleep(600)"""], stdout=subprocess.PIPE, text=True)

@@ -10,10 +10,11 @@ from torch import nn
 
 import train_byol
 import train_classifier
+import runs
 import utils
-from utils import (Metrics, UsageError, UserError, build_encoder, check_ranges, extract_features, knn_predict,
-                   load_encoder, plain_state_dict, read_constants, run_folder, save_torch,
-                   seeded_generator, seeded_init, select_device, select_precision, whole_file)
+from runs import Metrics, run_folder, save_torch, whole_file
+from utils import (UsageError, UserError, build_encoder, check_ranges, extract_features, knn_predict, load_encoder,
+                   plain_state_dict, read_constants, seeded_generator, seeded_init, select_device, select_precision)
 
 
 def constants(*argv, script=train_byol):
@@ -260,8 +261,8 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 
 def test_json_is_written_whole(tmp_path):
-    utils.write_json(tmp_path / "x.json", {"a": [1, 2]})
+    runs.write_json(tmp_path / "x.json", {"a": [1, 2]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, 2]}
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="x.json cannot be read"):
-        utils.read_json(tmp_path / "x.json", "a")
+        runs.read_json(tmp_path / "x.json", "a")

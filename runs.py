@@ -1,0 +1,187 @@
+"""A run's folder: one writer, files that are whole or absent, checkpoints, metrics, and stopping when asked."""
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any, BinaryIO, Iterator
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None
+
+import torch
+
+from utils import UNREADABLE, UsageError, UserError, flag, one_line
+
+RUNS = Path("runs")
+LOCK = ".lock"
+
+
+def run_folder(name: str) -> Path:
+    """The folder of the run `name`. Raises UsageError for a name that could lead out of the runs folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UsageError(f"RUN {name!r} is no run name: use letters, digits, '.', '_' and '-' ({flag('RUN')})")
+    return RUNS / name
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name, flush it to disk, rename it: no reader or crash meets half a file."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def clear_run(folder: Path) -> None:
+    """Remove a run's files, all but the lock that this process holds."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder writable, then "
+                     "run the same command again")
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; the system lets go of it when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")
+    except OSError as error:
+        raise cannot_write(folder / LOCK, error) from error
+    with lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is being written by another process: wait for it, or choose another RUN") from error
+        yield
+
+
+def write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, key: str) -> dict:
+    """A JSON object that this code wrote, which `key` tells. Raises UserError for any other file."""
+    try:
+        content = json.loads(path.read_text())
+        content[key]
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): --overwrite starts anew") from error
+
+
+def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
+    """Raise UserError, naming them, where constants other than the `free` ones differ from those in `path`."""
+    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now}
+               if before.get(name) != now.get(name) and name not in free]
+    if changed:
+        raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
+                        "--overwrite to start anew" + (" (the schedules span all EPOCHS: a longer run is another run)"
+                                                       if before.get("EPOCHS") != now.get("EPOCHS") else ""))
+
+
+def save_torch(path: Path, content: Any) -> None:
+    """torch.save, whole or not at all."""
+    with whole_file(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's writer hides the OSError that stopped it
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write checkpoint.pt; the one before it stays as checkpoint.previous.pt until the next."""
+    current, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    save_torch(folder / "checkpoint.next.pt", state)
+    if current.exists():
+        os.replace(current, previous)
+    os.replace(folder / "checkpoint.next.pt", current)
+
+
+def read_checkpoint(folder: Path) -> dict | None:
+    """The latest checkpoint that is whole; says so where that is not the last one written. None where there is none.
+
+    Raises UserError where there are checkpoints and none can be read.
+    """
+    found = [folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt") if (folder / name).exists()]
+    for path in found:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and {"model", "optimizer", "step", "total_steps", "losses"} <= state.keys():
+                return state
+        except UNREADABLE:
+            pass
+        print(f"{path} is torn or no checkpoint of this code; looking for the one before it", flush=True)
+    if found:
+        raise UserError(f"no checkpoint in {folder} can be read: --overwrite starts anew")
+    return None
+
+
+class Metrics:
+    """metrics.csv: a row per log interval, appended to; continuing a run cuts it back to the checkpoint's step."""
+
+    def __init__(self, path: Path, columns: list[str], step: int):
+        self.path, self.columns = path, columns
+        rows = [row for row in self.rows() if int(row["step"]) <= step] if step > 0 and path.exists() else []
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with whole_file(path) as file:
+            file.write(text.getvalue().encode())
+
+    def rows(self) -> list[dict[str, str]]:
+        whole_lines, _, _ = self.path.read_text().rpartition("\n")  # a killed process may leave half a row
+        return list(csv.DictReader(whole_lines.splitlines()))
+
+    def append(self, **row: float | str) -> None:
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def flush(self) -> None:
+        """Bring the rows to the disk, so that no checkpoint is ever ahead of them."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, for the loop to stop after its step; a second one stops at once."""
+    received = []
+
+    def note(signum, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
