@@ -26,7 +26,7 @@ from utils import UserError, one_line, progress, seeded_generator
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 PATTERNS = ["stripes", "checks", "dots", "rings", "waves", "bricks", "blobs", "grid", "zigzag", "honeycomb"]
-PATTERN_COUNTS = {"unlabeled": 6000, "train": 200, "test": 1000}
+PATTERN_COUNTS = {"unlabeled": 5000, "train": 200, "test": 1000}
 CELLS = 3  # of the patchwork that each pattern image is
 PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}

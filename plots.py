@@ -19,7 +19,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None:
     """A dozen images, uint8 [N,3,H,W], each above the two views [N,3,S,S] that the networks get of it."""
-    figure = Figure(figsize=(0.8 * len(images) + 0.8, 2.8), layout="constrained")
+    figure = Figure(figsize=(0.7 * len(images) + 0.5, 2.4), layout="constrained")
     axes = figure.subplots(3, len(images), squeeze=False)
     for row, (name, batch) in enumerate([("image", images), ("view 1", view1), ("view 2", view2)]):
         batch = batch.float().cpu()
@@ -42,7 +42,7 @@ def plot_curves(path: Path, rows: list[dict[str, str]], c: SimpleNamespace) -> N
     epoch = column("epoch")
     panels = [("loss", "loss (0 to 8)"), ("spread", "spread of the embeddings"), ("knn", "kNN accuracy (%)")]
     panels = [panel for panel in panels if not np.isnan(column(panel[0])).all()]
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels), 2.9), layout="constrained")
     for axis, (name, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         known = ~np.isnan(column(name))
         axis.plot(epoch[known], column(name)[known], color=BLUE, marker="o" if known.sum() < 30 else None, ms=3)

@@ -164,7 +164,7 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
                     told = time.monotonic()
                     left = (total_steps - step) * c.BATCH_SIZE / speed / 60
                     say(f"epoch {row['epoch']:.2f} of {c.EPOCHS}  loss {row['loss']:.3f}  spread {row['spread']:.3f}  "
-                        + (f"kNN {knn:.1f}%  " if knn != "" else "") + f"{speed:,.0f} images/s  {left:.0f} min left")
+                        + (f"kNN {knn:.1f}%  " if knn != "" else "") + f"{speed:,.0f} images/s" + (f"  {left:.0f} min left" if left else ""))
                 if row["spread"] < 0.1 * c.PROJECTION_DIM ** -0.5 and not warned:
                     warned = True
                     say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f} where "

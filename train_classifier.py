@@ -47,7 +47,7 @@ DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
-DEMO = DEMO | dict(EPOCHS=12, BATCH_SIZE=50, OPTIMIZER="adamw", LEARNING_RATE=5e-3)
+DEMO = DEMO | dict(EPOCHS=15, BATCH_SIZE=50, OPTIMIZER="adamw", LEARNING_RATE=1e-2)
 FREE = {"DATA_ROOT", "DEVICE"}  # may change between a comparison and its continuation
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
