@@ -129,8 +129,7 @@ def two_views(images: Tensor, size: int, generator: torch.Generator) -> tuple[Te
     return render(images, view1, size), render(images, view2, size)
 
 
-def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_p: float, solarize_p: float,
-              min_area: float = 0.08) -> View:
+def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_p: float, solarize_p: float) -> View:
     """Draw the parameters of one view of `n` images of `height` x `width` pixels (BYOL, appendix B)."""
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=generator, device=generator.device) * (high - low) + low
@@ -143,7 +142,7 @@ def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_
     gray = uniform(0, 1) < 0.2
     sigma = uniform(0.1, MAX_SIGMA) * (uniform(0, 1) < blur_p)
     solarize = uniform(0, 1) < solarize_p
-    box, flip = draw_crop(n, height, width, generator, min_area)
+    box, flip = draw_crop(n, height, width, generator)
     return View(box, flip, order, factor, gray, sigma, solarize)
 
 
@@ -245,7 +244,7 @@ def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) ->
 
 
 def shift_hue_of(x: Tensor, shift: Tensor) -> Tensor:
-    """`shift_hue`, but on a CPU only where the shift is not 0; on a GPU, asking which would make the host wait."""
+    """`shift_hue`; on a CPU in place and only where the shift is not 0 (on a GPU, asking would make the host wait)."""
     if x.device.type != "cpu":
         return shift_hue(x, shift)
     chosen = shift.nonzero()[:, 0]
@@ -270,10 +269,10 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
     The kernel is about a tenth of the side, odd: 23 taps at 224 px (official code), 9 at 96.
     """
-    if x.device.type == "cpu":  # only the chosen images; on a GPU, asking which would make the host wait
+    if x.device.type == "cpu":  # in place, only the chosen images; on a GPU, asking which would make the host wait
         chosen = sigma.nonzero()[:, 0]
         if len(chosen) < len(x):
-            x[chosen] = gaussian_blur(x[chosen], sigma[chosen]) if len(chosen) else x[chosen]
+            x[chosen] = gaussian_blur(x[chosen], sigma[chosen])
             return x
     size = x.shape[-1]
     radius = size // 20

@@ -50,7 +50,7 @@ def load_split(dataset: str, split: str, data_root: str, size: int) -> Split | N
         return load_stl10(split, Path(data_root), size)
     if dataset == "patterns":
         return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(PATTERN_SEED, "patterns", split))
-    folder = Path(dataset)
+    folder = Path(dataset).expanduser()
     if not folder.is_dir():
         raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'patterns' nor an existing folder")
     return load_folder(folder, split, Path(data_root), size)
@@ -93,12 +93,6 @@ def download_stl10(root: Path, missing: Path) -> None:
                         f"files of stl10_binary.tar.gz into {missing.parent}, or try --demo") from error
 
 
-def load_stl10_folds(root: Path) -> list[Tensor]:
-    """STL-10's ten predefined folds: indices of 1,000 training images each, one line a fold."""
-    lines = (root / "stl10_binary" / "fold_indices.txt").read_text().splitlines()
-    return [torch.tensor([int(index) for index in line.split()]) for line in lines if line.strip()]
-
-
 def map_pixels(file: Path, side: int) -> Tensor:
     """Map a file of raw images as uint8 [N,3,side,side]; nothing is read until it is used."""
     size, image = file.stat().st_size, 3 * side * side
@@ -124,7 +118,7 @@ def load_folder(folder: Path, split: str, root: Path, size: int) -> Split | None
         unknown = sorted(set(class_names(top)) - set(classes))
         if unknown:
             raise UserError(f"{top / unknown[0]}: class {unknown[0]!r} is not in {folder / 'train'}")
-        by_class = [image_files(top / name) for name in classes]
+        by_class = [image_files(top / name) if (top / name).is_dir() else [] for name in classes]
         for name, found in zip(classes, by_class):
             if not found:
                 raise UserError(f"{top / name} holds no images of class {name!r}")
@@ -138,18 +132,22 @@ def class_names(top: Path) -> list[str]:
     """Names of the class folders below `top`, sorted."""
     if not top.is_dir():
         raise UserError(f"{top} is missing: labelled images belong in {top}/<class>/")
-    names = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        names = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{top} cannot be read: {error.strerror}") from error
     if not names:
         raise UserError(f"{top} holds no class folders: labelled images belong in {top}/<class>/")
     return names
 
 
 def image_files(top: Path) -> list[Path]:
-    """Image files below `top`, sorted, hidden ones left out."""
-    if top.is_dir() and not os.access(top, os.R_OK | os.X_OK):
-        raise UserError(f"{top} cannot be read: permission denied")
-    return sorted(file for file in top.rglob("*")
-                  if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."))
+    """Image files below `top`, sorted, hidden ones left out. Raises UserError for a folder that cannot be read."""
+    def refuse(error):
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    return sorted(Path(folder, name) for folder, _, names in os.walk(top, onerror=refuse) for name in names
+                  if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."))
 
 
 def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[Tensor, Tensor]:
@@ -161,7 +159,7 @@ def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[
     array, description = root / "cache" / f"{name}.bin", root / "cache" / f"{name}.json"
     stamp = sha256()
     for file in files:
-        status = file.stat()
+        status = file.stat() if file.exists() else file.lstat()  # a dangling link is counted as broken later
         stamp.update(f"{file.relative_to(top)} {status.st_size} {status.st_mtime_ns}\n".encode())
     stamp = stamp.hexdigest()
     try:
@@ -178,18 +176,21 @@ def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[
 def decode_files(top: Path, files: list[Path], array: Path, description: Path, size: int) -> list[int]:
     """Decode `files` in parallel into the raw file `array`; returns the indices of those that could be read."""
     kept, broken = [], []
-    description.unlink(missing_ok=True)  # never an old description beside a new array
-    array.parent.mkdir(parents=True, exist_ok=True)
-    partial = array.with_suffix(".tmp")
+    partial = array.with_suffix(f".{os.getpid()}.tmp")  # another run may be decoding the same folder
     try:
-        with open(partial, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = pool.map(lambda file: decode_image(file, size), files)
-            for index, image in enumerate(progress(decoded, total=len(files), desc=f"reading {top}", unit="image")):
-                if isinstance(image, str):
-                    broken.append(f"{files[index]} ({image})")
-                    continue
-                out.write(image.tobytes())
-                kept.append(index)
+        array.parent.mkdir(parents=True, exist_ok=True)
+        description.unlink(missing_ok=True)  # never an old description beside a new array
+        with (open(partial, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool,
+              progress(total=len(files), desc=f"reading {top}", unit="image") as bar):
+            for start in range(0, len(files), 1024):  # so that no more than this waits in memory for the disk
+                chunk = files[start:start + 1024]
+                for index, image in enumerate(pool.map(lambda file: decode_image(file, size), chunk), start):
+                    bar.update()
+                    if isinstance(image, str):
+                        broken.append(f"{files[index]} ({image})")
+                    else:
+                        out.write(image.tobytes())
+                        kept.append(index)
             if len(broken) > MAX_BROKEN * len(files):
                 raise UserError(f"{len(broken)} of {len(files)} images in {top} cannot be read, more than "
                                 f"{MAX_BROKEN:.0%}; the first is {broken[0]}")
@@ -199,7 +200,8 @@ def decode_files(top: Path, files: list[Path], array: Path, description: Path, s
     except OSError as error:
         raise UserError(f"cannot write the image cache {array}: {one_line(error)}; make space or set DATA_ROOT") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
     if broken:
         print(f"skipped {len(broken)} of {len(files)} images in {top} that cannot be read: {', '.join(broken[:5])}"
               + (", ..." if len(broken) > 5 else ""))
@@ -213,7 +215,10 @@ def decode_image(file: Path, size: int) -> np.ndarray | str:
             if image.width * image.height > MAX_PIXELS:
                 return f"{image.width}x{image.height} pixels"
             image.draft("RGB", (2 * size, 2 * size))  # large JPEGs: decode at a fraction of their size
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip to white
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
@@ -255,20 +260,21 @@ def draw_patterns(n: int, size: int, generator: torch.Generator) -> Split:
     noise = torch.fft.rfft2(torch.randn(n, size, size, generator=generator))
     frequency = torch.fft.fftfreq(size).view(-1, 1) ** 2 + torch.fft.rfftfreq(size) ** 2
     blobs = torch.fft.irfft2(noise * torch.exp(-2 * (math.pi * uniform(2, 3, 1, 1) * unit) ** 2 * frequency), (size, size))
-    brick = (u / 2 + v.floor() / 2) % 1  # every other row is half a brick further
-    fields = torch.stack([  # in the order of PATTERNS, each from about -1 to 1
-        wave(u),
-        torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),
-        2 * torch.exp(-18 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2)) - 1,
-        wave(radius),
-        wave(u + wave(v / 3) / 2),
-        ((brick < 0.1) | (v % 1 < 0.2)) * 2.0 - 1,
-        (blobs / blobs.std(dim=(1, 2), keepdim=True)).clamp(-2, 2),
-        ((u % 1 < 0.2) | (v % 1 < 0.2)) * 2.0 - 1,
-        torch.tanh(3 * wave(u + (2 * (v % 1) - 1).abs())),
-        (wave(u) + wave(-u / 2 + 0.866 * v) + wave(-u / 2 - 0.866 * v)) / 1.5,
-    ])
-    field = fields[kind, torch.arange(n)]
+    draw = [  # in the order of PATTERNS, each from about -1 to 1
+        lambda u, v, r, b: wave(u),
+        lambda u, v, r, b: torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),
+        lambda u, v, r, b: 2 * torch.exp(-18 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2)) - 1,
+        lambda u, v, r, b: wave(r),
+        lambda u, v, r, b: wave(u + wave(v / 3) / 2),
+        lambda u, v, r, b: (((u / 2 + v.floor() / 2) % 1 < 0.1) | (v % 1 < 0.2)) * 2.0 - 1,
+        lambda u, v, r, b: (b / b.std(dim=(1, 2), keepdim=True)).clamp(-2, 2),
+        lambda u, v, r, b: ((u % 1 < 0.2) | (v % 1 < 0.2)) * 2.0 - 1,
+        lambda u, v, r, b: torch.tanh(3 * wave(u + (2 * (v % 1) - 1).abs())),
+        lambda u, v, r, b: (wave(u) + wave(-u / 2 + 0.866 * v) + wave(-u / 2 - 0.866 * v)) / 1.5,
+    ]
+    field = torch.empty(n, size, size)
+    for k, texture in enumerate(draw):
+        field[k::len(draw)] = texture(*(values[k::len(draw)] for values in (u, v, radius, blobs)))
     contrast = of_cell(uniform(0.48, 0.64, CELLS) * torch.where(uniform(0, 1, CELLS) < 0.5, -1.0, 1.0))
     pixels = (of_cell(uniform(0.4, 0.6, CELLS)) + contrast * field)[:, None].expand(-1, 3, -1, -1)
     pixels = pixels + 0.02 * torch.randn(n, 1, size, size, generator=generator)

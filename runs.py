@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
@@ -16,10 +17,11 @@ except ImportError:  # Windows: no lock there
 
 import torch
 
-from utils import UNREADABLE, UsageError, UserError, flag, one_line
+from utils import UNREADABLE, Stopped, UsageError, UserError, flag, one_line
 
 RUNS = Path("runs")
 LOCK = ".lock"
+CHECKPOINTS = ("checkpoint.next.pt", "checkpoint.pt", "checkpoint.previous.pt")  # latest first; next only after a crash
 
 
 def run_folder(name: str) -> Path:
@@ -48,10 +50,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove a run's files, all but the lock that this process holds."""
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            path.unlink()
+    """Remove a run's files, all but the lock that this process holds, and the checkpoints first."""
+    try:
+        for path in sorted(folder.iterdir(), key=lambda path: not path.name.startswith("checkpoint")):
+            if path.name != LOCK and path.is_file():
+                path.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -71,7 +76,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"{folder} is being written by another process: wait for it, or choose another RUN") from error
         yield
 
@@ -88,7 +93,7 @@ def read_json(path: Path, key: str) -> dict:
         content[key]
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): --overwrite starts anew") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}): delete it to start anew") from error
 
 
 def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
@@ -107,17 +112,17 @@ def save_torch(path: Path, content: Any) -> None:
     with whole_file(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's writer hides the OSError that stopped it
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        except RuntimeError as error:  # torch's writer hides what stopped it: a full disk, or the user
+            raise (error.__context__ or error) from None
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """Write checkpoint.pt; the one before it stays as checkpoint.previous.pt until the next."""
-    current, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
-    save_torch(folder / "checkpoint.next.pt", state)
+    latest, current, previous = (folder / name for name in CHECKPOINTS)
+    save_torch(latest, state)
     if current.exists():
         os.replace(current, previous)
-    os.replace(folder / "checkpoint.next.pt", current)
+    os.replace(latest, current)
 
 
 def read_checkpoint(folder: Path) -> dict | None:
@@ -125,11 +130,11 @@ def read_checkpoint(folder: Path) -> dict | None:
 
     Raises UserError where there are checkpoints and none can be read.
     """
-    found = [folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt") if (folder / name).exists()]
+    found = [folder / name for name in CHECKPOINTS if (folder / name).exists()]
     for path in found:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state, dict) and {"model", "optimizer", "step", "total_steps", "losses"} <= state.keys():
+            if isinstance(state, dict) and {"model", "optimizer", "step", "constants"} <= state.keys():
                 return state
         except UNREADABLE:
             pass
@@ -165,19 +170,29 @@ class Metrics:
 
     def flush(self) -> None:
         """Bring the rows to the disk, so that no checkpoint is ever ahead of them."""
-        with open(self.path, "a") as file:
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted in the list, for the loop to stop after its step; a second one stops at once."""
-    received = []
+    """Ctrl-C and SIGTERM are noted in the list, for the loop to stop after its step; a second one stops at once.
 
-    def note(signum, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
+    Raises Stopped for the second. What comes within half a second of the first is the same one: torchrun repeats it.
+    """
+    received, first = [], 0.0
+
+    def note(number, frame):
+        nonlocal first
+        if received and time.monotonic() - first > 0.5:
+            raise Stopped("stopped at once: what was saved before is whole, and the same command continues from there",
+                          number)
+        if not received:
+            received.append(number)
+            first = time.monotonic()
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -52,21 +52,22 @@ SEED = 0  # of the weights, the order of the images and the views
 RUN = "byol"  # name of the run's folder in runs/
 DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
-LOG_EVERY = 20  # steps between rows of metrics.csv; losses are read from the device no more often
+LOG_EVERY = 20  # steps between rows of metrics.csv; between them no step waits for its loss
 CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
 DEMO = DEMO | dict(EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
                    WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
-FREE = {"DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
+FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 
 
 def run(c: SimpleNamespace) -> None:
     """Pretrain with the constants `c`; each run's folder has one writer."""
     check_constants(c)
     rank, world = start_processes()
-    if c.BATCH_SIZE % world:
-        raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} is not divisible by the {world} processes")
+    if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
+        raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} does not give each of the {world} processes the same number of images, "
+                         "at least 2")
     folder = run_folder(c.RUN)
     with only_writer(folder) if rank == 0 else contextlib.nullcontext():
         pretrain(c, folder, rank, world)
@@ -77,10 +78,11 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
     device = select_device(c.DEVICE)
     precision = select_precision(c.PRECISION, device)
     config = folder / "config.json"
-    state = None
-    if config.exists() and not c.overwrite:
+    state = None if c.overwrite else read_checkpoint(folder)
+    if state:
+        same_constants(state["constants"], constants_of(c), folder / "checkpoint.pt", FREE)
+    elif config.exists() and not c.overwrite:
         same_constants(read_json(config, "constants")["constants"], constants_of(c), config, FREE)
-        state = read_checkpoint(folder)
     if state and state["step"] == state["total_steps"]:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
@@ -94,13 +96,20 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
     warmup_steps = min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
     peak = c.LEARNING_RATE * c.BATCH_SIZE / 256
 
-    model = build_model(c).to(device, memory_format=torch.channels_last)
+    with rank_0_first():
+        model = build_model(c).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
     step, losses = 0, []
     if state:
+        if state["images"] != len(images):
+            raise UserError(f"DATASET {c.DATASET!r} has {len(images)} images, and {state['images']} when {folder} was begun: "
+                            "bring them back, choose another RUN, or use --overwrite to start anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, losses = state["step"], state["losses"]
+        if state["world_size"] != world:
+            say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
+        state = None  # its memory is not needed any more
     network = distribute(model, device)
 
     say(f"BYOL: {len(images):,} images, {c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} epochs of "
@@ -118,28 +127,37 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
     pending = []  # losses still on the device: reading one makes the host wait
     logged = saved = plotted = told = time.monotonic()
     warned = False
-    order = epoch_order(c.SEED, step // steps_per_epoch, len(images))
+    order = None
 
     def read_losses() -> None:
         losses.extend(torch.stack(pending).tolist() if pending else [])
         pending.clear()
-        if not all(map(math.isfinite, losses)):
-            raise UserError(f"the loss is no longer finite at step {step}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS "
+        sick = [not math.isfinite(loss) for loss in losses]
+        if any(sick):
+            first_sick = step - len(losses) + 1 + sick.index(True)
+            raise UserError(f"the loss is no longer finite at step {first_sick}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS "
                             f"or set PRECISION to fp32; the last checkpoint in {folder} is kept")
 
+    def check_health() -> None:  # before anything is saved, so that a sick state never is
+        read_losses()
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise UserError(f"weights are no longer finite after step {step}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS or "
+                            f"set PRECISION to fp32; the last checkpoint in {folder} is kept")
+
     def save() -> None:
-        read_losses()  # first, so that a sick state is never saved
+        check_health()
         if rank == 0:
             metrics.flush()
             save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                     "total_steps": total_steps, "losses": losses})
+                                     "total_steps": total_steps, "losses": losses, "images": len(images),
+                                     "world_size": world, "constants": constants_of(c)})
 
     with stop_signals() as signals, progress(total=total_steps * c.BATCH_SIZE, initial=step * c.BATCH_SIZE,
                                              unit="image", unit_scale=True) as bar:
         first = step  # of the steps since `logged`
         while step < total_steps:
             epoch, batch = divmod(step, steps_per_epoch)
-            if batch == 0:
+            if order is None or batch == 0:
                 order = epoch_order(c.SEED, epoch, len(images))
             index = order[batch * c.BATCH_SIZE:(batch + 1) * c.BATCH_SIZE][rank::world]
             views = two_views(fetch(images, index, device), c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank))
@@ -173,20 +191,22 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
                     plot_curves(folder / "curves.png", metrics.rows(), c)
                     plotted = time.monotonic()
                 first, logged = step, time.monotonic()
-            if time.monotonic() - saved > c.CHECKPOINT_MINUTES * 60:
+            if step < total_steps and time.monotonic() - saved > c.CHECKPOINT_MINUTES * 60:
                 save()
                 saved = time.monotonic()
-            if signals and world == 1:
+            if world == 1 and signals or step % c.LOG_EVERY == 0 and any_rank(signals, device):
                 break
 
-    if rank == 0 and step == total_steps:
-        save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))
-        plot_curves(folder / "curves.png", metrics.rows(), c)
-    save()
+        check_health()
+        if rank == 0 and step == total_steps:  # before the last checkpoint, which says that the run is finished
+            save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))
+            plot_curves(folder / "curves.png", metrics.rows(), c)
+        save()
     if step < total_steps:
-        raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there", signals[0])
-    say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py "
-        + ("--demo" if c.demo else f"--run {c.RUN}"))
+        raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there"
+                      + (", without --overwrite" if c.overwrite else ""), signals[0] if signals else 15)
+    say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
+        + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != RUN and not (c.demo and c.RUN == DEMO["RUN"]) else ""))
 
 
 def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],
@@ -204,6 +224,15 @@ def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer
     optimizer.step()
     model.update_target(tau)
     return loss.detach()
+
+
+def any_rank(signals: list[int], device: torch.device) -> bool:
+    """Whether any process was asked to stop; all of them must ask this after the same step."""
+    if not dist.is_initialized():
+        return False
+    asked = torch.tensor(len(signals), device=device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return asked.item() > 0
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
@@ -250,8 +279,8 @@ def check_constants(c: SimpleNamespace) -> None:
                  EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf), LEARNING_RATE=(0, math.inf),
                  WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf), BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf),
                  CHECKPOINT_MINUTES=(0, math.inf))
-    check_choice(c, "OPTIMIZER", ["sgd", "adamw"])
-    check_choice(c, "PRECISION", ["auto", "bf16", "fp32"])
+    check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
+    check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
 
 
 def say(line: str) -> None:

@@ -48,7 +48,7 @@ DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 DEMO = DEMO | dict(EPOCHS=15, BATCH_SIZE=50, OPTIMIZER="adamw", LEARNING_RATE=1e-2)
-FREE = {"DATA_ROOT", "DEVICE"}  # may change between a comparison and its continuation
+FREE = {"RUN", "DATA_ROOT", "DEVICE"}  # may change between a comparison and its continuation
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 BASELINE, WITH_BYOL = "without BYOL", "with BYOL"
@@ -60,11 +60,11 @@ def run(c: SimpleNamespace) -> None:
     folder = run_folder(c.RUN)
     pretrained = adopt_run(c, folder)
     check_constants(c)
-    with only_writer(folder), stop_signals() as signals:
-        compare(c, folder, pretrained, signals)
+    with only_writer(folder):
+        compare(c, folder, pretrained)
 
 
-def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None, signals: list[int]) -> None:
+def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
     """Train what is missing of every seed and arm; leaves a table, results.json, comparison.png and classifier.pt."""
     device = select_device(c.DEVICE)
     precision = select_precision(c.PRECISION, device)
@@ -73,29 +73,34 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None, signals: 
         if split is None:
             raise UserError(f"DATASET {c.DATASET!r} has no {name}/: the classifier needs {name}/<class>/ with images")
     train, test = (split._replace(pixels=place(split.pixels, device)) for split in (train, test))
+    if c.BATCH_SIZE > len(train.labels):
+        raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(train.labels)} training images: lower it")
     results = open_results(folder / "results.json", c, environment(device, precision))
     arms = [BASELINE] + ([WITH_BYOL] if pretrained else [])
     print(f"{c.ENCODER} from {c.INIT} weights, {c.DATASET} at {c.IMAGE_SIZE} px: {len(train.labels):,} training and "
           f"{len(test.labels):,} test images of {len(train.classes)} classes, on {device} in "
           f"{str(precision).removeprefix('torch.')}")
 
-    for seed in c.SEEDS:
-        for arm in arms:
-            if any(r["arm"] == arm and r["seed"] == seed for r in results["records"]):
-                continue
-            encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, seed)
-            if arm == WITH_BYOL:
-                load_encoder(encoder, read_weights(pretrained), pretrained)
-            encoder = encoder.to(device, memory_format=torch.channels_last)
-            record = {"arm": arm, "seed": seed} | evaluate_frozen(encoder, train, test, seed, device, precision)
-            network = fine_tune(encoder, feature_dim, train, seed, c, device, precision, signals, f"{arm}, seed {seed}")
-            predicted = extract_features(network, test.pixels, device, precision).argmax(dim=1).cpu()
-            record["fine-tuning"] = accuracy(predicted, test.labels)
-            if arm == arms[-1] and seed == c.SEEDS[0]:
-                save_torch(folder / "classifier.pt", plain_state_dict(network))
-            results["records"].append(record)
-            write_json(folder / "results.json", results)
-            print(f"seed {seed}, {arm:<12}  " + "  ".join(f"{name} {record[name]:.1f}%" for name in PROTOCOLS), flush=True)
+    with stop_signals() as signals:
+        for seed in c.SEEDS:
+            for arm in arms:
+                if any(r["arm"] == arm and r["seed"] == seed for r in results["records"]):
+                    continue
+                encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, seed)
+                if arm == WITH_BYOL:
+                    load_encoder(encoder, read_weights(pretrained), pretrained)
+                encoder = encoder.to(device, memory_format=torch.channels_last)
+                record = {"arm": arm, "seed": seed} | evaluate_frozen(encoder, train, test, seed, device, precision)
+                network = fine_tune(encoder, feature_dim, train, seed, c, device, precision, signals,
+                                    f"{arm}, seed {seed}")
+                predicted = extract_features(network, test.pixels, device, precision).argmax(dim=1).cpu()
+                record["fine-tuning"] = accuracy(predicted, test.labels)
+                if arm == arms[-1] and seed == c.SEEDS[0]:
+                    save_torch(folder / "classifier.pt", plain_state_dict(network))
+                results["records"].append(record)
+                write_json(folder / "results.json", results)
+                print(f"seed {seed}, {arm:<12}  " + "  ".join(f"{name} {record[name]:.1f}%" for name in PROTOCOLS),
+                      flush=True)
 
     results["classes"] = train.classes
     results["summary"] = {p: summarize(results["records"], p, c.SEEDS, arms) for p in PROTOCOLS}
@@ -104,8 +109,9 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None, signals: 
     plot_comparison(folder / "comparison.png", {p: {arm: results["summary"][p][arm] for arm in arms} for p in PROTOCOLS},
                     caption(c))
     if not pretrained:
-        print(f"\nThis is the half without BYOL. For the other: python train_byol.py "
-              f"{'--demo' if c.demo else flag('RUN') + ' ' + c.RUN}, then this command again.")
+        same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", *OF_THE_RUN) if name in c.given]
+        print(f"\nThis is the half without BYOL. For the other: {' '.join(['python train_byol.py', *['--demo'] * c.demo, *same])}"
+              ", then this command again.")
 
 
 def adopt_run(c: SimpleNamespace, folder: Path) -> Path | None:
@@ -123,15 +129,13 @@ def adopt_run(c: SimpleNamespace, folder: Path) -> Path | None:
                              "flag out, or pretrain a run with it")
         setattr(c, name, of_run[name])
     if not (folder / "encoder.pt").exists():
-        raise UserError(f"{folder} has no encoder.pt yet: finish the run with train_byol.py {flag('RUN')} {c.RUN}")
+        raise UserError(f"{folder} has no encoder.pt yet: its train_byol.py command, run again, finishes the pretraining")
     return folder / "encoder.pt"
 
 
 def open_results(path: Path, c: SimpleNamespace, where: dict) -> dict:
     """Results so far: a comparison that was interrupted goes on at the first arm and seed that is missing."""
-    if c.overwrite:
-        path.unlink(missing_ok=True)
-    if not path.exists():
+    if c.overwrite or not path.exists():
         return {"constants": constants_of(c), "environment": where, "records": []}
     results = read_json(path, "records")
     same_constants(results["constants"], constants_of(c), path, FREE)
@@ -148,8 +152,7 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, seed: int, c: 
     with seeded_init(seed, "head"):
         encoder.fc = nn.Linear(feature_dim, len(train.classes))
     network = encoder.to(device, memory_format=torch.channels_last).train()
-    n, size = len(train.labels), train.pixels.shape[-1]
-    batch_size = min(c.BATCH_SIZE, n)
+    n, size, batch_size = len(train.labels), train.pixels.shape[-1], c.BATCH_SIZE
     steps_per_epoch = n // batch_size  # the remainder is dropped
     total_steps = c.EPOCHS * steps_per_epoch
     warmup_steps = min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
@@ -208,7 +211,7 @@ def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float)
     """Minimise cross-entropy + penalty / 2 * |W|^2 over standardised features by L-BFGS; the bias is free."""
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     x = (features - mean) / std
-    head = nn.Linear(features.shape[1], classes)
+    head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)  # no draw: it starts at 0
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
@@ -257,8 +260,8 @@ def caption(c: SimpleNamespace) -> str:
 def check_constants(c: SimpleNamespace) -> None:
     check_ranges(c, IMAGE_SIZE=(16, math.inf), EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf),
                  LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf), CROP_AREA=(0.01, 1))
-    check_choice(c, "OPTIMIZER", ["sgd", "adamw"])
-    check_choice(c, "PRECISION", ["auto", "bf16", "fp32"])
+    check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
+    check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
     if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} repeats a seed or is empty")
 

@@ -9,6 +9,7 @@ import pickle
 import platform
 import re
 import sys
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,8 +74,8 @@ def run_script(script: dict, argv: list[str] | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except torch.OutOfMemoryError as error:
-        print(f"error: the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE, IMAGE_SIZE or "
-              "HIDDEN_DIM", file=sys.stderr)
+        print(f"error: the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE",
+              file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():
@@ -150,9 +151,8 @@ def check_ranges(constants: SimpleNamespace, **bounds: tuple[float, float]) -> N
             raise UsageError(f"{name} is {value}: it must be {limit} ({flag(name)})")
 
 
-def check_choice(constants: SimpleNamespace, name: str, choices: list[str]) -> None:
-    """Raise UsageError, with the nearest choice, where a constant is none of the choices."""
-    value = getattr(constants, name)
+def check_choice(name: str, value: str, choices: list[str]) -> None:
+    """Raise UsageError, with the nearest choice, where the constant `name` is none of the choices."""
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         raise UsageError(f"{name} {value!r} is unknown: " + (f"did you mean {near[0]!r}?" if near else
@@ -170,8 +170,8 @@ def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
 @contextlib.contextmanager
 def seeded_init(seed: int, *purpose: str | int) -> Iterator[None]:
     """Networks built inside draw their weights from (seed, purpose); the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded_generator(seed, *purpose).initial_seed())
+    with torch.random.fork_rng(devices=[]):  # networks are built on the CPU
+        torch.default_generator.manual_seed(seeded_generator(seed, *purpose).initial_seed())
         yield
 
 
@@ -211,7 +211,7 @@ def has_native_bf16(device: torch.device) -> bool:
 def start_processes() -> tuple[int, int]:
     """Rank and number of processes; under torchrun they join one group, alone this is 0 and 1."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 may download and decode while the others wait
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -249,8 +249,9 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def progress(iterable=None, **options) -> tqdm:
-    """A progress bar on a terminal, nothing where the output is a file or a pipe."""
-    return tqdm(iterable, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False, **options)
+    """A progress bar on a terminal, by rank 0; nothing where the output is a file or a pipe."""
+    silent = not sys.stderr.isatty() or dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(iterable, disable=silent, dynamic_ncols=True, leave=False, **options)
 
 
 # ------------------------------------------------------------------------------------------ encoders and optimizers
@@ -262,12 +263,14 @@ def build_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
     that network, with or without `fc`. Raises UserError where they cannot be had or do not fit.
     """
     names = [n for n in torchvision.models.list_models(module=torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
-    check_choice(SimpleNamespace(ENCODER=name), "ENCODER", names)
+    check_choice("ENCODER", name, names)
     with seeded_init(seed, "encoder"):
         encoder = torchvision.models.get_model(name)
     feature_dim = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if init != "random":
+        if init != "imagenet" and not Path(init).is_file():
+            raise UserError(f"INIT {init!r} is neither 'imagenet', 'random' nor a file with weights")
         weights = imagenet_weights(name) if init == "imagenet" else read_weights(Path(init))
         load_encoder(encoder, weights, init)
     return encoder, feature_dim
@@ -275,8 +278,8 @@ def build_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
 
 def imagenet_weights(name: str) -> dict:
     try:
-        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError is a wrong checksum
+        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except UNREADABLE as error:  # urllib's errors are OSErrors; a wrong checksum is a RuntimeError
         raise UserError(f"INIT 'imagenet': the weights of {name} could not be downloaded ({one_line(error)}): set INIT "
                         f"to 'random' or to a weights file") from error
 
@@ -285,12 +288,11 @@ def read_weights(path: Path) -> dict:
     """A state dict from a file. Only tensors are read: pickled code is refused, not run."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"weights file {path} does not exist") from error
     except UNREADABLE as error:
         raise UserError(f"{path} is no weights file ({type(error).__name__}): it must be a state dict that torch.save "
                         "wrote") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor)
+                                                 for key, value in weights.items()):
         raise UserError(f"{path} is no state dict of a network (a checkpoint? its encoder is in encoder.pt)")
     return weights
 

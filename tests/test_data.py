@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from data import PATTERNS, decode_image, fetch, load_split, load_stl10_folds, place
+from data import PATTERNS, decode_image, fetch, load_split, place
 from utils import UserError, seeded_generator
 
 
@@ -44,11 +44,6 @@ def test_stl10_at_another_size_keeps_the_unlabeled_images_mapped(tmp_path):
     write_stl10(tmp_path)
     assert load_split("stl10", "train", str(tmp_path), 32).pixels.shape == (20, 3, 32, 32)
     assert load_split("stl10", "unlabeled", str(tmp_path), 32).pixels.shape == (30, 3, 96, 96)
-
-
-def test_stl10_folds(tmp_path):
-    write_stl10(tmp_path)
-    assert [fold.tolist() for fold in load_stl10_folds(tmp_path)] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_stl10_without_its_files_says_where_to_put_them(tmp_path, monkeypatch):
@@ -132,6 +127,13 @@ def test_images_of_every_kind_become_rgb(tmp_path, suffix, mode):
         assert np.abs(pixels[:, 8, 8].astype(int) - [200, 40, 90]).max() < 12
     if mode in ("1", "L", "LA"):
         assert np.ptp(pixels[:, 8, 8].astype(int)) < 3
+
+
+def test_sixteen_bits_a_pixel_are_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    pixels = decode_image(tmp_path / "x.png", 64)
+    assert np.abs(pixels[0].astype(float) - ramp / 257).max() < 2
 
 
 def test_short_side_is_resized_and_the_centre_kept(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torchvision
 from PIL import Image
 
 import data
+import runs
 import train_byol
 import train_classifier
 import utils
@@ -89,8 +91,20 @@ def test_folders_that_cannot_be(finished, capsys, monkeypatch):
     Path("images/train/zebra").mkdir()
     refused(capsys, train_classifier, ["--run", "tiny", *QUICK], 1, "images/train/zebra holds no images")
     Path("images/train/zebra").rmdir()
-    monkeypatch.setattr(data.os, "access", lambda path, mode: "unlabeled" not in str(path))  # root may read everything
-    refused(capsys, train_byol, pretraining(), 1, "images/unlabeled cannot be read: permission denied")
+    scandir, listdir = os.scandir, os.listdir
+
+    def unreadable(split, function):  # file modes do not keep root from reading
+        def read(path="."):
+            if split in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path)
+        return read
+
+    monkeypatch.setattr(os, "scandir", unreadable("some/depth", scandir))
+    refused(capsys, train_byol, pretraining(), 1, "images/unlabeled/some/depth cannot be read: Permission denied")
+    monkeypatch.setattr(os, "scandir", unreadable("train", scandir))
+    monkeypatch.setattr(os, "listdir", unreadable("train", listdir))
+    refused(capsys, train_byol, pretraining(), 1, "images/train cannot be read: Permission denied")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", "truncated", "other"])
@@ -144,7 +158,7 @@ class Code:
 
 
 @pytest.mark.parametrize("make, needles", [
-    (lambda path: None, ["weights.pt does not exist"]),
+    (lambda path: None, ["INIT 'weights.pt' is neither"]),
     (lambda path: path.write_bytes(b"torn"), ["weights.pt is no weights file"]),
     (lambda path: torch.save(torchvision.models.resnet34().state_dict(), path), ["weights.pt do not fit ENCODER"]),
     (lambda path: torch.save({"x": Code()}, path), ["weights.pt is no weights file"]),
@@ -176,8 +190,52 @@ def test_changed_constants_and_contradictions(finished, capsys):
 
 def test_a_config_that_is_not_ours(finished, capsys):
     Path("runs/tiny/config.json").write_text("[]")
+    Path("runs/tiny/checkpoint.pt").unlink()
     for script in (train_byol, train_classifier):
         refused(capsys, script, ["--run", "tiny"], 1, "runs/tiny/config.json cannot be read")
+
+
+def test_a_checkpoint_says_which_run_it_belongs_to(stopped, capsys):
+    """A config.json that went missing loses nothing and lets nothing be mixed up."""
+    Path("runs/parts/config.json").unlink()
+    refused(capsys, train_byol, [*stopped, "--seed", "9"], 1, "checkpoint.pt has other constants: SEED 0 -> 9")
+    assert train_byol.main(stopped) == 0 and same(weights("whole"), weights("parts"))
+
+
+def test_a_dataset_that_changed_since_the_run_began(stopped, capsys):
+    Image.new("RGB", (20, 20)).save("images/unlabeled/new.png")
+    refused(capsys, train_byol, stopped, 1, "has 21 images, and 20 when runs/parts was begun")
+
+
+def test_sick_weights_are_never_saved(stopped, monkeypatch, capsys):
+    step = train_byol.train_step
+
+    def sick(network, model, *rest):
+        loss = step(network, model, *rest)  # still finite: it was computed before the update
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("inf"))
+        return loss
+
+    before = Path("runs/parts/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(train_byol, "train_step", sick)
+    assert train_byol.main(stopped) == 1
+    assert "weights are no longer finite after step 4" in capsys.readouterr().err
+    assert Path("runs/parts/checkpoint.pt").read_bytes() == before and not Path("runs/parts/encoder.pt").exists()
+
+
+def test_a_full_disk_at_the_very_end_can_be_mended(tmp_path, small, monkeypatch):
+    """A run is finished only once its encoder is there."""
+    write_folder(tmp_path / "images", unlabeled=20)
+    argv = ["--dataset", "images", *TINY, "--checkpoint-minutes", "0"]
+    save = train_byol.save_torch
+
+    def full(path, content):
+        raise utils.UserError("disk full")
+
+    monkeypatch.setattr(train_byol, "save_torch", full)
+    assert train_byol.main(argv) == 1 and not Path("runs/byol/encoder.pt").exists()
+    monkeypatch.setattr(train_byol, "save_torch", save)
+    assert train_byol.main(argv) == 0 and Path("runs/byol/encoder.pt").exists()
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
@@ -218,6 +276,28 @@ def test_the_previous_checkpoint_serves_for_a_torn_one(stopped, capsys, tear):
     out = capsys.readouterr().out
     assert "checkpoint.pt is torn" in out and "from step " in out
     assert same(weights("whole"), weights("parts")) and without_timings("whole") == without_timings("parts")
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_crash_between_the_renames_of_a_checkpoint_loses_nothing(stopped, monkeypatch, capsys, renames):
+    """checkpoint.next.pt is whole then, and the latest."""
+    state = torch.load("runs/parts/checkpoint.pt", weights_only=True)
+    replace, done = os.replace, []
+
+    def dies(source, target):
+        if not str(source).endswith(".tmp"):
+            done.append(source)
+            if len(done) > renames:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(runs.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        runs.save_checkpoint(Path("runs/parts"), state | {"step": state["step"], "images": 20})
+    monkeypatch.setattr(runs.os, "replace", replace)
+    assert Path("runs/parts/checkpoint.next.pt").exists()
+    assert runs.read_checkpoint(Path("runs/parts"))["step"] == 3
+    assert "torn" not in capsys.readouterr().out
 
 
 def test_without_any_whole_checkpoint_nothing_is_overwritten(stopped, capsys):
@@ -302,12 +382,14 @@ with only_writer(run_folder("parts")):
 def test_a_second_interrupt_stops_at_once(stopped, monkeypatch, capsys):
     def twice(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun repeats what the terminal sent: still the first
+        time.sleep(0.6)
+        os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on")
 
     before = Path("runs/parts/checkpoint.pt").read_bytes()
     monkeypatch.setattr(train_byol, "train_step", twice)
-    assert train_byol.main(stopped) == 130 and "stopped at once" in capsys.readouterr().out
+    assert train_byol.main(stopped) == 143 and "stopped at once" in capsys.readouterr().out
     assert Path("runs/parts/checkpoint.pt").read_bytes() == before
 
 

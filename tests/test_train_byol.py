@@ -154,7 +154,7 @@ def test_mistakes_end_in_one_line(tiny, capsys, argv, status, message):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv, status, message", [(["--init", "nowhere.pt"], 1, "nowhere.pt does not exist"),
+@pytest.mark.parametrize("argv, status, message", [(["--init", "nowhere.pt"], 1, "INIT 'nowhere.pt' is neither"),
                                                    (["--encoder", "vgg16"], 2, "ENCODER 'vgg16' is unknown")])
 def test_encoders_that_cannot_be_had_end_in_one_line(capsys, argv, status, message):
     assert train_byol.main(["--demo", *argv]) == status

@@ -158,7 +158,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     for name, message in [("resnet34.pt", "do not fit ENCODER"), ("code.pt", "no weights file"),
                           ("checkpoint.pt", "no state dict"), ("torn.pt", "no weights file"),
-                          ("empty.pt", "no weights file"), ("absent.pt", "does not exist")]:
+                          ("empty.pt", "no weights file"), ("absent.pt", "nor a file with weights")]:
         with pytest.raises(UserError, match=message) as error:
             build_encoder("resnet18", str(tmp_path / name), 0)
         assert name in str(error.value)
