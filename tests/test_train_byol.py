@@ -220,39 +220,60 @@ def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
     assert seen == [(160, 40)]
 
 
-def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path):
-    """torchrun on CPU: the ranks share each batch of the epoch's permutation and stay equal bit for bit."""
-    write_folder(tmp_path / "images", per_class=5, unlabeled=20)
-    script = tmp_path / "script.py"
+def torchrun(folder, code, *argv, port):
+    """Run pretraining with the small encoder in two processes, after `code`."""
+    script = folder / "script.py"
     script.write_text(f"""
-import hashlib, sys
+import hashlib, os, signal, sys
 sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
 import torch, torch.distributed as dist, train_byol
 from conftest import small_encoder
 train_byol.build_encoder = small_encoder
 step, fetch, taken = train_byol.train_step, train_byol.fetch, []
+{code}
+sys.exit(train_byol.main(sys.argv[1:]))
+""")
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}",
+                           "--", str(script), "--dataset", "images", *TINY, *argv],
+                          cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path):
+    """torchrun on CPU: the ranks share each batch of the epoch's permutation and stay equal bit for bit."""
+    write_folder(tmp_path / "images", per_class=5, unlabeled=20)
+    done = torchrun(tmp_path, """
 def recorded(pixels, index, device):
     taken.extend(index.tolist())
     return fetch(pixels, index, device)
 def hashed(network, model, *rest):
     loss = step(network, model, *rest)
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
-    open(f"rank{{dist.get_rank()}}", "w").write(hashlib.sha256(parameters.numpy().tobytes()).hexdigest() + f" {{taken}}")
+    digest = hashlib.sha256(parameters.numpy().tobytes()).hexdigest()
+    open(f"rank{dist.get_rank()}", "w").write(f"{digest} {taken}")
     return loss
 train_byol.train_step, train_byol.fetch = hashed, recorded
-sys.exit(train_byol.main(sys.argv[1:]))
-""")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533",
-                           "--", str(script), "--dataset", "images", *TINY, "--run", "two"],
-                          cwd=tmp_path, env=environment, capture_output=True, text=True)
+""", "--run", "two", port=29533)
     assert done.returncode == 0, done.stderr
     (hash0, taken0), (hash1, taken1) = ((tmp_path / f"rank{r}").read_text().split(" ", 1) for r in (0, 1))
     assert hash0 == hash1
-    taken0, taken1 = eval(taken0), eval(taken1)
+    taken0, taken1 = json.loads(taken0), json.loads(taken1)
     for epoch in (0, 1):
         shares = taken0[8 * epoch:8 * epoch + 8] + taken1[8 * epoch:8 * epoch + 8]
         assert sorted(shares) == sorted(train_byol.epoch_order(0, epoch, 20)[:16].tolist())
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
     assert json.loads((tmp_path / "runs" / "two" / "config.json").read_text())["world_size"] == 2
     assert done.stdout.count("epoch 1.00 of 2") == 1
+
+
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tmp_path):
+    write_folder(tmp_path / "images", per_class=5, unlabeled=20)
+    done = torchrun(tmp_path, """
+def signalled(*args):
+    if dist.get_rank() == 1 and not taken:
+        taken.append(os.kill(os.getpid(), signal.SIGTERM))
+    return step(*args)
+train_byol.train_step = signalled
+""", "--run", "two", port=29534)
+    assert done.returncode != 0 and "stopped after step 2 of 4" in done.stdout
+    assert torch.load(tmp_path / "runs" / "two" / "checkpoint.pt", weights_only=True)["step"] == 2
