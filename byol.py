@@ -19,6 +19,8 @@ GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's luma
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operations of the colour jitter
 JITTER = (0.4, 0.4, 0.2, 0.1)  # their strengths, in that order
 MAX_SIGMA = 2.0  # of the blur, in pixels of the view
+MIN_AREA = 0.08  # smallest share of an image that a crop shows
+BLUR_P = (1.0, 0.1)  # probability of the blur in view 1 and in view 2
 
 
 # ---------------------------------------------------------------------------------------------------- networks
@@ -117,19 +119,22 @@ class View(NamedTuple):
     solarize: Tensor  # [N] bool
 
 
-def two_views(images: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = MIN_AREA,
+              blur_p: tuple[float, float] = BLUR_P) -> tuple[Tensor, Tensor]:
     """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
 
     Every image draws its own parameters. They are drawn on the generator's device, so a CPU generator gives the
     same views on any device; the work on the pixels is done where the images are.
+    min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
     """
     n, _, height, width = images.shape
-    view1 = draw_view(n, height, width, generator, blur_p=1.0, solarize_p=0.0)
-    view2 = draw_view(n, height, width, generator, blur_p=0.1, solarize_p=0.2)
+    view1 = draw_view(n, height, width, generator, blur_p[0], solarize_p=0.0, min_area=min_area)
+    view2 = draw_view(n, height, width, generator, blur_p[1], solarize_p=0.2, min_area=min_area)
     return render(images, view1, size), render(images, view2, size)
 
 
-def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_p: float, solarize_p: float) -> View:
+def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_p: float, solarize_p: float,
+              min_area: float = MIN_AREA) -> View:
     """Draw the parameters of one view of `n` images of `height` x `width` pixels (BYOL, appendix B)."""
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=generator, device=generator.device) * (high - low) + low
@@ -142,12 +147,12 @@ def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_
     gray = uniform(0, 1) < 0.2
     sigma = uniform(0.1, MAX_SIGMA) * (uniform(0, 1) < blur_p)
     solarize = uniform(0, 1) < solarize_p
-    box, flip = draw_crop(n, height, width, generator)
+    box, flip = draw_crop(n, height, width, generator, min_area)
     return View(box, flip, order, factor, gray, sigma, solarize)
 
 
 def draw_crop(n: int, height: int, width: int, generator: torch.Generator,
-              min_area: float = 0.08) -> tuple[Tensor, Tensor]:
+              min_area: float = MIN_AREA) -> tuple[Tensor, Tensor]:
     """Boxes [N,4] of random resized crops and flips [N]: area `min_area` to 1, ratio 3/4 to 4/3, log-uniform.
 
     A side that would leave the image is clamped to it.

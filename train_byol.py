@@ -26,7 +26,7 @@ from plots import plot_curves, plot_views
 from runs import (Metrics, clear_run, only_writer, read_checkpoint, read_json, run_folder, same_constants,
                   save_checkpoint, save_torch, stop_signals, write_json)
 from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
-                   check_choice, check_ranges, constants_of, environment, extract_features, knn_predict,
+                   check_choice, check_ranges, constants_of, environment, extract_features, flag, knn_predict,
                    plain_state_dict, progress, rank_0_first, run_script, seeded_generator, seeded_init, select_device,
                    select_precision, set_rate, start_processes)
 
@@ -34,6 +34,8 @@ from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, bui
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
 DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
+CROP_AREA = 0.08  # smallest share of an image that a view shows
+BLUR_P = (1.0, 0.1)  # probability of the blur in view 1 and in view 2
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
@@ -121,7 +123,8 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
         where = environment(device, precision)
         write_json(config, {"constants": constants_of(c), "environment": where, "world_size": world})
         sample = images[:12].to(device)
-        plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure")))
+        plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
+                                                                     c.CROP_AREA, c.BLUR_P))
         metrics = Metrics(folder / "metrics.csv", COLUMNS, step)
 
     pending = []  # losses still on the device: reading one makes the host wait
@@ -160,7 +163,8 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
             if order is None or batch == 0:
                 order = epoch_order(c.SEED, epoch, len(images))
             index = order[batch * c.BATCH_SIZE:(batch + 1) * c.BATCH_SIZE][rank::world]
-            views = two_views(fetch(images, index, device), c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank))
+            views = two_views(fetch(images, index, device), c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank),
+                              c.CROP_AREA, c.BLUR_P)
             rate = learning_rate(step, total_steps, warmup_steps, peak)
             tau = target_decay(step, total_steps, c.BASE_DECAY)
             pending.append(train_step(network, model, optimizer, views, rate, tau, precision))
@@ -275,10 +279,12 @@ def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, p
 
 
 def check_constants(c: SimpleNamespace) -> None:
-    check_ranges(c, IMAGE_SIZE=(16, math.inf), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
+    check_ranges(c, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
                  EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf), LEARNING_RATE=(0, math.inf),
                  WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf), BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf),
                  CHECKPOINT_MINUTES=(0, math.inf))
+    if len(c.BLUR_P) != 2 or not all(0 <= p <= 1 for p in c.BLUR_P):
+        raise UsageError(f"BLUR_P is {','.join(map(str, c.BLUR_P))}: it must be two probabilities ({flag('BLUR_P')})")
     check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
     check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
 

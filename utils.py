@@ -131,9 +131,9 @@ def flag(name: str) -> str:
 def parser_of(default: Any) -> Callable[[str], Any]:
     """How a flag's text becomes a value of its default's type; a tuple is comma-separated."""
     if isinstance(default, tuple):
-        def integers(text: str) -> tuple[int, ...]:
-            return tuple(int(part) for part in text.split(","))
-        return integers
+        def numbers(text: str) -> tuple:
+            return tuple(type(default[0])(part) for part in text.split(","))
+        return numbers
     return type(default)
 
 
