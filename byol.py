@@ -128,13 +128,13 @@ def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: f
     min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
     """
     n, _, height, width = images.shape
-    view1 = draw_view(n, height, width, generator, blur_p[0], solarize_p=0.0, min_area=min_area)
-    view2 = draw_view(n, height, width, generator, blur_p[1], solarize_p=0.2, min_area=min_area)
+    view1 = draw_view(n, height, width, generator, min_area, blur_p=blur_p[0], solarize_p=0.0)
+    view2 = draw_view(n, height, width, generator, min_area, blur_p=blur_p[1], solarize_p=0.2)
     return render(images, view1, size), render(images, view2, size)
 
 
-def draw_view(n: int, height: int, width: int, generator: torch.Generator, blur_p: float, solarize_p: float,
-              min_area: float = MIN_AREA) -> View:
+def draw_view(n: int, height: int, width: int, generator: torch.Generator, min_area: float, blur_p: float,
+              solarize_p: float) -> View:
     """Draw the parameters of one view of `n` images of `height` x `width` pixels (BYOL, appendix B)."""
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=generator, device=generator.device) * (high - low) + low

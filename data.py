@@ -26,7 +26,7 @@ from utils import UserError, one_line, progress, seeded_generator
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 PATTERNS = ["stripes", "checks", "dots", "rings", "waves", "bricks", "blobs", "grid", "zigzag", "honeycomb"]
-PATTERN_COUNTS = {"unlabeled": 5000, "train": 200, "test": 1000}
+PATTERN_COUNTS = {"unlabeled": 4000, "train": 200, "test": 1000}
 CELLS = 3  # of the patchwork that each pattern image is
 PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -77,6 +77,18 @@ def load_stl10(split: str, root: Path, size: int) -> Split:
     if size != STL10_SIDE:
         pixels = tv.resize(pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
     return Split(pixels, labels - 1, STL10_CLASSES)
+
+
+def load_folds(data_root: str, n: int) -> list[Tensor]:
+    """STL-10's ten predefined folds: the indices of 1,000 of the `n` training images each."""
+    file = Path(data_root) / "stl10_binary" / "fold_indices.txt"
+    try:
+        folds = [torch.tensor([int(index) for index in line.split()]) for line in file.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({one_line(error)}): it belongs to stl10_binary.tar.gz") from error
+    if len(folds) != 10 or not all(len(fold) and 0 <= fold.min() and fold.max() < n for fold in folds):
+        raise UserError(f"{file} does not hold ten lines of indices below {n}: take it from stl10_binary.tar.gz again")
+    return folds
 
 
 def download_stl10(root: Path, missing: Path) -> None:

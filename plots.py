@@ -1,12 +1,17 @@
 """The figures that the scripts write, each from numbers that lie in the run's folder too."""
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from byol import denormalize
+from data import Split
 from runs import whole_file
 
 BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#666666"  # told apart by colour-blind readers too (Okabe & Ito)
@@ -23,12 +28,9 @@ def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None
     axes = figure.subplots(3, len(images), squeeze=False)
     for row, (name, batch) in enumerate([("image", images), ("view 1", view1), ("view 2", view2)]):
         batch = batch.float().cpu()
-        if row == 0:
-            batch = batch / 255
-        else:
-            batch = denormalize(batch)
-        for axis, image in zip(axes[row], batch.permute(0, 2, 3, 1).clamp(0, 1).numpy()):
-            axis.imshow(image)
+        batch = batch / 255 if row == 0 else denormalize(batch)
+        for axis, image in zip(axes[row], batch.clamp(0, 1)):
+            show(axis, image)
             axis.set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(name)
     save_figure(figure, path)
@@ -59,27 +61,96 @@ def plot_curves(path: Path, rows: list[dict[str, str]], c: SimpleNamespace) -> N
     save_figure(figure, path)
 
 
-def plot_comparison(path: Path, table: dict[str, dict[str, list[float]]], caption: str) -> None:
+def plot_comparison(path: Path, summary: dict[str, dict[str, list[float]]], protocols: Sequence[str],
+                    arms: Sequence[str], caption: str) -> None:
     """Bars of accuracy for each protocol and arm: mean over the seeds, with the std as error bar.
 
-    table: protocol -> arm -> accuracies in percent, one a seed.
+    summary: protocol -> arm -> accuracies in percent, one a seed.
     """
-    arms = list(next(iter(table.values())))
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(arms)
-    for i, (arm, color) in enumerate(zip(arms, (GRAY, BLUE, ORANGE))):
-        mean = [np.mean(table[protocol][arm]) for protocol in table]
-        std = [np.std(table[protocol][arm], ddof=1) if len(table[protocol][arm]) > 1 else 0 for protocol in table]
-        x = np.arange(len(table)) + (i - (len(arms) - 1) / 2) * width
-        axis.bar(x, mean, width * 0.95, yerr=std, capsize=3, color=color, label=arm)
+    for i, arm in enumerate(arms):
+        mean, std = zip(*(mean_and_std(summary[protocol][arm]) for protocol in protocols))
+        x = np.arange(len(protocols)) + (i - (len(arms) - 1) / 2) * width
+        axis.bar(x, mean, width * 0.95, yerr=std, capsize=3, color=color_of(arms, i), label=arm)
         for at, height, error in zip(x, mean, std):
             axis.annotate(f"{height:.1f}", (at, height + error), ha="center", va="bottom", xytext=(0, 2),
                           textcoords="offset points", fontsize=9)
-    axis.set_xticks(np.arange(len(table)), list(table))
+    axis.set_xticks(np.arange(len(protocols)), protocols)
     axis.set_ylabel("test accuracy (%)")
     axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.supxlabel(caption, fontsize=8, color=GRAY)
     save_figure(figure, path)
+
+
+def plot_label_efficiency(path: Path, summaries: dict[str, dict], sizes: Sequence[float], protocols: Sequence[str],
+                          arms: Sequence[str], caption: str) -> None:
+    """Accuracy against labelled images a class, a panel for each protocol and a line for each arm.
+
+    summaries: budget -> protocol -> arm -> accuracies in percent; sizes: of the budgets, in images a class.
+    """
+    figure = Figure(figsize=(2.5 * len(protocols), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(protocols), sharey=True)
+    for axis, protocol in zip(panels, protocols):
+        for i, arm in enumerate(arms):
+            mean, std = zip(*(mean_and_std(summary[protocol][arm]) for summary in summaries.values()))
+            axis.errorbar(sizes, mean, std, color=color_of(arms, i), marker="os^"[i], ms=5, capsize=3, label=arm)
+        axis.set(xscale="log", xlabel="labelled images a class", title=protocol)
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axis.minorticks_off()
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("test accuracy (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=len(arms), loc="outside upper center")
+    figure.supxlabel(caption, fontsize=8, color=GRAY)
+    save_figure(figure, path)
+
+
+def plot_neighbors(path: Path, test: Split, features: Sequence[tuple[str, Tensor]], generator: torch.Generator,
+                   run: str, queries: int = 6, neighbors: int = 5) -> None:
+    """Test images of different classes, each beside the test images most similar (cosine) to it in each arm's features.
+
+    features: of each arm, its name and the features [N,D] of the test images.
+    """
+    classes = torch.randperm(len(test.classes), generator=generator)[:queries].sort().values.tolist()
+    chosen = [torch.nonzero(test.labels == k)[0].item() for k in classes]
+    figure = Figure(figsize=(7.2, 0.62 * len(chosen) + 0.6), layout="constrained")
+    widths = [1] + ([0.25] + [1] * neighbors) * len(features)
+    axes = figure.subplots(len(chosen), len(widths), squeeze=False, width_ratios=widths)
+    for row, query in zip(axes, chosen):
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(test.classes[test.labels[query]], rotation=0, ha="right", va="center")
+        show(row[0], test.pixels[query])
+        for i, (_, values) in enumerate(features):
+            similarity = F.cosine_similarity(values, values[query:query + 1])
+            similarity[query] = -2  # not its own neighbour
+            for axis, index in zip(row[2 + i * (neighbors + 1):], similarity.topk(neighbors).indices.tolist()):
+                show(axis, test.pixels[index])
+                right = test.labels[index] == test.labels[query]
+                axis.spines[:].set(visible=True, color=BLUE if right else ORANGE, linewidth=2.5,
+                                   linestyle="-" if right else ":")
+    axes[0, 0].set_title("query")
+    for i, (arm, _) in enumerate(features):
+        axes[0, 2 + i * (neighbors + 1) + neighbors // 2].set_title(f"nearest, {arm}")
+    figure.supxlabel(f"{run}: test images by cosine similarity of frozen features; solid blue: the query's class, dotted "
+                     "orange: another", fontsize=8, color=GRAY)
+    save_figure(figure, path)
+
+
+def show(axis: Axes, image: Tensor) -> None:
+    """Draw an image, uint8 or float in [0,1], [3,H,W]."""
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+
+
+def mean_and_std(values: list[float]) -> tuple[float, float]:
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
+def color_of(arms: Sequence[str], i: int) -> str:
+    """BYOL's arm is the last and blue where there are several; the baseline before it is gray."""
+    return (GRAY, BLUE)[i] if len(arms) < 3 else (ORANGE, GRAY, BLUE)[i]

@@ -98,7 +98,7 @@ def read_json(path: Path, key: str) -> dict:
 
 def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
     """Raise UserError, naming them, where constants other than the `free` ones differ from those in `path`."""
-    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    before, now = json.loads(json.dumps([before, now]))  # tuples become lists, as in a JSON file
     changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now}
                if before.get(name) != now.get(name) and name not in free]
     if changed:

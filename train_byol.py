@@ -126,6 +126,10 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
         plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
                                                                      c.CROP_AREA, c.BLUR_P))
         metrics = Metrics(folder / "metrics.csv", COLUMNS, step)
+        if step == 0 and train:  # what BYOL has to rise above
+            knn = monitor(model.online_encoder, train, c.SEED, device, precision)
+            metrics.append(step=0, epoch=0, knn=knn)
+            say(f"kNN {knn:.1f}% before the first step")
 
     pending = []  # losses still on the device: reading one makes the host wait
     logged = saved = plotted = told = time.monotonic()

@@ -110,7 +110,9 @@ def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
         comment = source.splitlines()[node.end_lineno - 1].partition("  # ")[2]
         default = script[name]
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        parser.add_argument(flag(name), dest=name, type=parser_of(default), default=argparse.SUPPRESS, metavar="VALUE",
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else
+                dict(type=parser_of(default), metavar="VALUE"))
+        parser.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, **kind,
                             help=f"{comment} [{shown}]".replace("%", "%%"))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -129,10 +131,10 @@ def flag(name: str) -> str:
 
 
 def parser_of(default: Any) -> Callable[[str], Any]:
-    """How a flag's text becomes a value of its default's type; a tuple is comma-separated."""
+    """How a flag's text becomes a value of its default's type; a tuple is comma-separated, with its words as they are."""
     if isinstance(default, tuple):
         def numbers(text: str) -> tuple:
-            return tuple(type(default[0])(part) for part in text.split(","))
+            return tuple(part if part in default else type(default[0])(part) for part in text.split(","))
         return numbers
     return type(default)
 

@@ -340,7 +340,7 @@ def test_normalize_is_torchvisions(device):
 
 def test_render_applies_everything_in_the_papers_order(generator):
     images = photographs(64)
-    view = byol.draw_view(64, 40, 40, generator, blur_p=0.5, solarize_p=0.5)
+    view = byol.draw_view(64, 40, 40, generator, 0.08, blur_p=0.5, solarize_p=0.5)
     ours = byol.render(images, view, 40)
     for i, image in enumerate(images):
         top, left, h, w = view.box[i].int().tolist()
@@ -364,7 +364,7 @@ def test_rates_lie_inside_binomial_bounds(generator):
 
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
     for blur_p, solarize_p in ((1.0, 0.0), (0.1, 0.2)):
-        view = byol.draw_view(n, 64, 64, generator, blur_p, solarize_p)
+        view = byol.draw_view(n, 64, 64, generator, 0.08, blur_p, solarize_p)
         rate(view.flip, 0.5)
         rate((view.factor != neutral).any(dim=1), 0.8)
         rate(view.gray, 0.2)
@@ -381,10 +381,13 @@ def test_rates_lie_inside_binomial_bounds(generator):
 
 
 def test_two_views_use_the_papers_rates(monkeypatch, generator):
-    seen, draw = [], byol.draw_view
+    seen, areas, draw, crop = [], [], byol.draw_view, byol.draw_crop
     monkeypatch.setattr(byol, "draw_view", lambda *a, **k: seen.append(k) or draw(*a, **k))
+    monkeypatch.setattr(byol, "draw_crop", lambda *a: areas.append(a[4]) or crop(*a))
     byol.two_views(photographs(), 24, generator)
-    assert seen == [{"blur_p": 1.0, "solarize_p": 0.0}, {"blur_p": 0.1, "solarize_p": 0.2}]
+    assert seen == [{"blur_p": 1.0, "solarize_p": 0.0}, {"blur_p": 0.1, "solarize_p": 0.2}] and areas == [0.08, 0.08]
+    byol.two_views(photographs(), 24, generator, min_area=0.5, blur_p=(0.3, 0.0))
+    assert seen[2:] == [{"blur_p": 0.3, "solarize_p": 0.0}, {"blur_p": 0.0, "solarize_p": 0.2}] and areas[2:] == [0.5, 0.5]
 
 
 def test_copies_of_one_image_differ(device, generator):

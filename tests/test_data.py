@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from data import PATTERNS, decode_image, fetch, load_split, place
+from data import PATTERNS, decode_image, fetch, load_folds, load_split, place
 from utils import UserError, seeded_generator
 
 
@@ -24,7 +24,9 @@ def write_stl10(root, counts=(("unlabeled", 30), ("train", 20), ("test", 10))):
         images[split].transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")
         if split != "unlabeled":
             (np.arange(n, dtype=np.uint8) % 10 + 1).tofile(folder / f"{split}_y.bin")
-    (folder / "fold_indices.txt").write_text("0 1 2 \n3 4 5 \n")
+    rng = np.random.default_rng(9)
+    folds = [rng.permutation(counts[1][1])[:counts[1][1] // 2] for _ in range(10)]
+    (folder / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + " \n" for fold in folds))
     return images
 
 
@@ -38,6 +40,12 @@ def test_stl10_is_read_as_torchvision_reads_it(tmp_path):
             assert loaded.labels is None, "STL-10's missing labels are no class"
         else:
             assert loaded.labels.tolist() == [i % 10 for i in range(len(loaded.labels))] and len(loaded.classes) == 10
+
+
+def test_stl10_folds_are_those_of_the_file(tmp_path):
+    write_stl10(tmp_path)
+    expected = np.loadtxt(tmp_path / "stl10_binary" / "fold_indices.txt", dtype=int)
+    assert np.array_equal(torch.stack(load_folds(str(tmp_path), 20)).numpy(), expected) and expected.shape == (10, 10)
 
 
 def test_stl10_at_another_size_keeps_the_unlabeled_images_mapped(tmp_path):

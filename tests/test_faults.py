@@ -69,7 +69,8 @@ def pretraining(*argv):
     (["--learning-rate", "nan"], 2, ["LEARNING_RATE is nan"]), (["--learning-rate", "fast"], 2, ["--learning-rate", "fast"]),
     (["--base-decay", "1.5"], 2, ["BASE_DECAY is 1.5", "from 0 to 1"]), (["--epoch", "3"], 2, ["--epoch", "--epochs"]),
     (["--frobnicate", "3"], 2, ["--frobnicate"]), (["--optimizer", "lars"], 2, ["OPTIMIZER 'lars'"]),
-    (["--precision", "fp8"], 2, ["PRECISION 'fp8'"]), (["--run", "../../etc"], 2, ["RUN '../../etc'"])])
+    (["--blur-p", "0.5"], 2, ["BLUR_P is 0.5", "--blur-p"]), (["--blur-p", "1,2"], 2, ["BLUR_P is 1.0,2.0"]),
+    (["--crop-area", "0"], 2, ["CROP_AREA is 0"]), (["--precision", "fp8"], 2, ["PRECISION 'fp8'"]), (["--run", "../../etc"], 2, ["RUN '../../etc'"])])
 def test_constants_that_cannot_be(finished, capsys, argv, status, needles):
     refused(capsys, train_byol, pretraining(*argv), status, *needles)
 
@@ -150,6 +151,14 @@ def test_stl10_files_that_cannot_be(finished, capsys, monkeypatch):
     refused(capsys, train_byol, argv, 1, "train_y.bin is missing", "unreachable", "data/stl10_binary", "--demo")
 
 
+@pytest.mark.parametrize("content", ["0 1 2\n", "0 1 20\n" * 10, "0 one 2\n" * 10, "\n" * 10, None])
+def test_stl10_folds_that_cannot_be(finished, capsys, content):
+    folds = Path("data/stl10_binary/fold_indices.txt")
+    folds.unlink() if content is None else folds.write_text(content)
+    refused(capsys, train_classifier, ["--run", "new", *QUICK, "--init", "random", "--folds"], 1,
+            "data/stl10_binary/fold_indices.txt")
+
+
 class Code:
     """A pickle that would run code when it is loaded."""
 
@@ -198,7 +207,7 @@ def test_a_config_that_is_not_ours(finished, capsys):
 def test_a_checkpoint_says_which_run_it_belongs_to(stopped, capsys):
     """A config.json that went missing loses nothing and lets nothing be mixed up."""
     Path("runs/parts/config.json").unlink()
-    refused(capsys, train_byol, [*stopped, "--seed", "9"], 1, "checkpoint.pt has other constants: SEED 0 -> 9")
+    refused(capsys, train_byol, [*stopped, "--seed", "9"], 1, "checkpoint.pt has other constants: SEED 0 -> 9; set")
     assert train_byol.main(stopped) == 0 and same(weights("whole"), weights("parts"))
 
 

@@ -22,7 +22,8 @@ def test_every_constant_stands_in_the_readme_with_its_default_and_meaning(script
     names = [name for name in vars(read_constants(vars(script), [])) if name.isupper()]
     for name in names:
         default = getattr(script, name)
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        default = (",".join(map(str, default)) if isinstance(default, tuple) else str(default) if isinstance(default, bool)
+                   else default)
         meaning = re.search(rf"^{name} = .*?  # (.*)$", source, re.M).group(1)
         assert listed[name] == (default, meaning)
     assert len(listed) == len(names)

@@ -59,7 +59,9 @@ def test_a_run_fills_its_folder(tiny, capsys):
     assert config["constants"]["BATCH_SIZE"] == 8 and config["world_size"] == 1
     assert config["environment"]["torch"] == torch.__version__
     table = rows("tiny")
-    assert [row["step"] for row in table] == ["2", "4"], "20 images make two batches of 8; the remainder is dropped"
+    assert [row["step"] for row in table] == ["0", "2", "4"], "20 images make two batches of 8; the remainder is dropped"
+    start = table.pop(0)
+    assert start["loss"] == "" and 0 <= float(start["knn"]) <= 100, "what BYOL has to rise above"
     assert all(0 <= float(row["loss"]) <= 8 and float(row["spread"]) > 0 for row in table)
     assert [float(row["epoch"]) for row in table] == [1, 2] and all(row["knn"] for row in table)
     out = capsys.readouterr().out
@@ -179,12 +181,12 @@ def test_a_folder_without_unlabeled_images_pretrains_on_the_training_images(tiny
 def test_pretraining_on_stl10_files(tmp_path, small):
     write_stl10(tmp_path / "data")
     assert train_byol.main(["--data-root", str(tmp_path / "data"), *TINY, "--image-size", "32", "--epochs", "1"]) == 0
-    assert len(rows("byol")) == 2
+    assert [row["step"] for row in rows("byol")] == ["0", "2", "3"]
 
 
 def test_the_warm_up_is_shortened_to_half_of_the_run(tiny):
     assert tiny("--warmup-epochs", "100", "--log-every", "1", "--learning-rate", "3.2") == 0
-    assert [float(row["learning_rate"]) for row in rows("tiny")] == pytest.approx([0, 0.05, 0.1, 0.05])
+    assert [float(row["learning_rate"]) for row in rows("tiny")[1:]] == pytest.approx([0, 0.05, 0.1, 0.05])
 
 
 def test_a_training_step_moves_the_online_network_and_then_the_target():
@@ -201,6 +203,13 @@ def test_a_training_step_moves_the_online_network_and_then_the_target():
             torch.testing.assert_close(new, 0.75 * q + 0.25 * p)
     for p, q in zip(model.predictor.parameters(), before.predictor.parameters()):
         torch.testing.assert_close(p, q - 0.05 * p.grad)  # the rate of the call, not the optimizer's
+
+
+def test_the_views_constants_reach_the_views(tiny, monkeypatch):
+    seen, two_views = [], train_byol.two_views
+    monkeypatch.setattr(train_byol, "two_views", lambda *args: seen.append(args[3:]) or two_views(*args))
+    assert tiny("--crop-area", "0.5", "--blur-p", "0.3,0", "--epochs", "1") == 0
+    assert seen == [(0.5, (0.3, 0.0))] * 3, "the figure's and two batches"
 
 
 def test_every_image_of_an_epoch_is_taken_once():

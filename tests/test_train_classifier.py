@@ -13,14 +13,14 @@ import torchvision
 import train_byol
 import train_classifier
 from conftest import small_encoder
-from data import load_split
+from data import load_folds, load_split
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
-from train_classifier import BASELINE, WITH_BYOL, fine_tune, fit_logistic, linear_probe
-from utils import read_constants
+from train_classifier import BASELINE, RANDOM, WITH_BYOL, draw_subset, fine_tune, fit_logistic, linear_probe
+from utils import accuracy, extract_features, knn_predict, read_constants
 
 CPU = torch.device("cpu")
-QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu"]
+QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--labels-per-class", "all"]
 
 
 @pytest.fixture
@@ -45,15 +45,86 @@ def results():
 # ------------------------------------------------------------------------------------------------- the whole path
 
 def test_a_comparison_fills_the_runs_folder(pretrained, capsys):
-    assert compare() == 0
-    assert {"results.json", "classifier.pt", "comparison.png"} <= {p.name for p in pretrained.iterdir()}
+    assert compare("--labels-per-class", "3,all") == 0
+    assert {"results.json", "classifier.pt", "comparison.png", "label_efficiency.png",
+            "neighbors.png"} <= {p.name for p in pretrained.iterdir()}
     found = results()
-    assert [(r["seed"], r["arm"]) for r in found["records"]] == [(s, a) for s in (0, 1, 2) for a in (BASELINE, WITH_BYOL)]
-    for by_arm in found["summary"].values():
-        assert by_arm["gain"] == pytest.approx([b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])])
-    table = capsys.readouterr().out.split("test accuracy (%)")[1]
-    assert all(name in table for name in ("fine-tuning", "linear probe", "kNN", "±", "seeds 0, 1, 2", "last epoch of 2"))
-    assert max(map(len, table.splitlines())) <= 80
+    assert ([(r["seed"], r["arm"], r["labels"]) for r in found["records"]]
+            == [(s, a, b) for s in (0, 1, 2) for a in (BASELINE, WITH_BYOL) for b in (3, "all")])
+    for labels in (3, "all"):
+        for protocol, by_arm in found["summary"][str(labels)].items():
+            for arm in (BASELINE, WITH_BYOL):
+                of_arm = [r for r in found["records"] if (r["arm"], r["labels"]) == (arm, labels)]
+                assert by_arm[arm] == [r[protocol] for r in of_arm]
+                for r in of_arm:  # the test classes are equally large
+                    assert sum(r["by class"][protocol]) / len(found["classes"]) == pytest.approx(r[protocol])
+            assert by_arm["gain"] == pytest.approx([b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])])
+    out = capsys.readouterr().out
+    table = out[out.index("labels  test accuracy"):]
+    assert all(name in table for name in ("fine-tuning", "linear probe", "kNN", "±", "seeds 0, 1, 2", "gain",
+                                          "fine-tuned for 2 epochs, the last one", "all labels, fine-tuned"))
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_more_seeds_and_budgets_are_added_to_a_comparison(pretrained, monkeypatch):
+    assert compare("--seeds", "0") == 0
+    first = results()["records"]
+    assert compare("--seeds", "0,1", "--labels-per-class", "3,all") == 0
+    assert results()["records"][:2] == first and len(results()["records"]) == 8
+    monkeypatch.setattr(train_classifier, "fine_tune", None)
+    for name in ("comparison.png", "neighbors.png"):
+        (pretrained / name).unlink()
+    assert compare("--seeds", "0,1") == 0, "table and figures are made again without training"
+    assert (pretrained / "comparison.png").exists() and (pretrained / "neighbors.png").exists()
+    assert results()["summary"].keys() == {"all"} and len(results()["records"]) == 8
+
+
+def test_results_of_another_precision_are_not_mixed(pretrained, capsys):
+    assert compare("--seeds", "0", "--precision", "fp32") == 0
+    path = pretrained / "results.json"
+    path.write_text(path.read_text().replace('"precision": "float32"', '"precision": "bfloat16"'))
+    assert compare("--seeds", "0,1", "--precision", "fp32") == 1
+    assert "precision bfloat16 -> float32" in capsys.readouterr().err
+
+
+def test_an_init_that_is_not_random_is_compared_with_random_weights_too(images, tmp_path, capsys, monkeypatch):
+    inits = []
+    build = train_classifier.build_encoder
+    monkeypatch.setattr(train_classifier, "build_encoder", lambda n, init, seed: inits.append(init) or build(n, init, seed))
+    assert compare("--dataset", "images", "--image-size", "16", "--init", "weights.pt", "--seeds", "0") == 0
+    assert [r["arm"] for r in results()["records"]] == [RANDOM, BASELINE] and inits == ["random", "weights.pt"]
+    assert RANDOM in capsys.readouterr().out
+
+
+def test_stl10s_folds_are_the_labelled_subsets(tmp_path, small, monkeypatch, capsys):
+    write_stl10(tmp_path / "data")
+    subsets, tune = [], train_classifier.fine_tune
+    monkeypatch.setattr(train_classifier, "fine_tune", lambda e, f, t, s, *a: subsets.append(s.tolist()) or tune(e, f, t, s, *a))
+    argv = ["--dataset", "stl10", "--image-size", "16", "--init", "random", "--epochs", "1", "--folds"]
+    assert compare(*argv) == 0
+    assert subsets == [fold.tolist() for fold in load_folds("data", 20)]
+    assert [(r["seed"], r["labels"]) for r in results()["records"]] == [(fold, "fold") for fold in range(10)]
+    assert "over folds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
+
+
+def test_subsets_are_balanced_nested_and_the_seeds_own():
+    labels = torch.arange(60) % 3
+    few, more, other = (draw_subset(labels, n, seed) for n, seed in ((2, 0), (5, 0), (2, 1)))
+    assert labels[few].bincount().tolist() == [2] * 3 and labels[more].bincount().tolist() == [5] * 3
+    assert set(few.tolist()) < set(more.tolist()) and set(few.tolist()) != set(other.tolist())
+    assert draw_subset(labels, "all", 0).tolist() == list(range(60))
+
+
+def test_budgets_that_no_class_can_pay_are_named(pretrained, capsys):
+    assert compare("--labels-per-class", "11") == 2
+    assert "LABELS_PER_CLASS 11: class" in capsys.readouterr().err
+    assert compare("--labels-per-class", "11,all", "--seeds", "0") == 0
+    assert "has only 10 training images; left out" in capsys.readouterr().out
+
+
+def test_standard_error_and_deviation():
+    assert train_classifier.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0" and train_classifier.mean_std([1.0]) == "1.0"
+    assert train_classifier.mean_error([1.0, 2.0, 3.0, 4.0]) == "+2.5 ± 0.6", "std 1.29 over the root of 4"
 
 
 def test_a_comparison_is_decided_by_its_seeds(pretrained):
@@ -109,7 +180,11 @@ def test_a_missing_split_is_named(pretrained, split, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [(["--seeds", "0,0"], "SEEDS 0,0 repeats"), (["--seeds", "a"], "--seeds"),
-                                           (["--crop-area", "0"], "CROP_AREA is 0"), (["--epochs", "-1"], "EPOCHS is -1")])
+                                           (["--crop-area", "0"], "CROP_AREA is 0"),
+                                           (["--labels-per-class", "0"], "LABELS_PER_CLASS 0 must"),
+                                           (["--labels-per-class", "3,3"], "LABELS_PER_CLASS 3,3 must"),
+                                           (["--labels-per-class", "3,some"], "--labels-per-class"),
+                                           (["--folds"], "FOLDS are STL-10's, and DATASET is"), (["--epochs", "-1"], "EPOCHS is -1")])
 def test_mistakes_end_in_one_line(pretrained, capsys, argv, message):
     capsys.readouterr()
     assert compare(*argv) == 2
@@ -127,6 +202,9 @@ def test_the_classifier_loads_into_plain_torchvision(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- fairness
+
+ALL = torch.arange(40)
+
 
 def constants(*argv):
     return read_constants(vars(train_classifier), ["--demo", *QUICK, *argv])
@@ -151,7 +229,7 @@ def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
         build = train_classifier.build_optimizer
         monkeypatch.setattr(train_classifier, "build_optimizer",
                             lambda *a: first.append(heads[0].weight.detach().clone()) or build(*a))
-        fine_tune(encoder, feature_dim, patterns(), 5, constants(), CPU, torch.float32)
+        fine_tune(encoder, feature_dim, patterns(), ALL, 5, constants(), CPU, torch.float32)
         meetings.append((first[0], batches, torch.stack([box for box, _ in crops])))
         monkeypatch.undo()
     (head_a, batches_a, crops_a), (head_b, batches_b, crops_b) = meetings
@@ -159,29 +237,44 @@ def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
     assert len(batches_a) == 2 * 5 and sorted(sum(batches_a[:5], [])) == list(range(40))
 
 
+def test_a_smaller_budget_takes_as_many_steps_and_only_its_own_images(monkeypatch):
+    batches, fetch = [], train_classifier.fetch
+    monkeypatch.setattr(train_classifier, "fetch", lambda p, i, d: batches.append(i.tolist()) or fetch(p, i, d))
+    encoder, feature_dim = small_encoder("", "random", 0)
+    fine_tune(encoder, feature_dim, patterns(), torch.tensor([3, 5, 9, 11, 20]), 0, constants(), CPU, torch.float32)
+    assert len(batches) == 2 * 5 and all(sorted(batch) == [3, 5, 9, 11, 20] for batch in batches)
+
+
 def test_identical_encoders_gain_exactly_nothing(pretrained, monkeypatch):
-    monkeypatch.setattr(train_classifier, "load_encoder", lambda *a: None)  # BYOL's arm starts from the init, too
+    monkeypatch.setattr(train_classifier, "load_encoder", lambda *a: None)  # BYOL's arm starts from the init, too,
+    monkeypatch.setattr(train_classifier, "build_encoder", lambda n, i, seed: small_encoder(n, i, 0))  # with every seed
     assert compare("--seeds", "0,1") == 0
-    assert all(by_arm["gain"] == [0, 0] for by_arm in results()["summary"].values())
+    assert all(by_arm["gain"] == [0, 0] for by_arm in results()["summary"]["all"].values())
 
 
 def test_the_heads_differ_between_seeds_and_the_encoder_is_trained():
     encoder, feature_dim = small_encoder("", "random", 0)
     before = encoder.conv.weight.detach().clone()
-    a = fine_tune(encoder, feature_dim, patterns(), 0, constants(), CPU, torch.float32)
+    a = fine_tune(encoder, feature_dim, patterns(), ALL, 0, constants(), CPU, torch.float32)
     assert not torch.equal(a.conv.weight, before)
-    b = fine_tune(small_encoder("", "random", 0)[0], feature_dim, patterns(), 1, constants(), CPU, torch.float32)
+    b = fine_tune(small_encoder("", "random", 0)[0], feature_dim, patterns(), ALL, 1, constants(), CPU, torch.float32)
     assert not torch.equal(a.fc.weight, b.fc.weight)
 
 
-def test_frozen_evaluation_moves_no_weight_and_no_buffer():
-    encoder, _ = small_encoder("", "random", 0)
-    encoder.train()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    train = patterns()
-    scores = train_classifier.evaluate_frozen(encoder, train, train, 0, CPU, torch.float32)
-    assert set(scores) == {"linear probe", "probe penalty", "kNN"}
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+def test_neither_the_frozen_protocols_nor_another_budget_move_an_encoder(pretrained, monkeypatch):
+    """Every fine-tuning starts from the very encoder that was built, whatever came before it."""
+    starts, tune = {}, train_classifier.fine_tune
+
+    def recorded(encoder, *rest):
+        starts.setdefault(rest[-1].split(", ")[2], []).append({k: v.clone() for k, v in encoder.state_dict().items()})
+        return tune(encoder, *rest)
+
+    monkeypatch.setattr(train_classifier, "fine_tune", recorded)
+    assert compare("--seeds", "0", "--labels-per-class", "3,5,all") == 0
+    fresh = small_encoder("", "random", 0)[0].state_dict()
+    exported = torch.load(pretrained / "encoder.pt", weights_only=True)
+    for arm, expected in ((BASELINE, fresh), (WITH_BYOL, exported)):
+        assert len(starts[arm]) == 3 and all(torch.equal(start[k], expected[k]) for start in starts[arm] for k in expected)
 
 
 def test_the_last_epoch_is_reported(pretrained, monkeypatch):
@@ -190,15 +283,21 @@ def test_the_last_epoch_is_reported(pretrained, monkeypatch):
     monkeypatch.setattr(train_classifier, "extract_features", lambda e, p, *a: calls.append(len(p)) or extract(e, p, *a))
     compare("--seeds", "0")
     assert len(calls) == 2 * 3  # an arm: training and test images for the frozen protocols, test images at the end
+    calls.clear()
+    compare("--seeds", "0,1", "--overwrite")
+    assert len(calls) == 4 * 3 - 2, "the pretrained encoder is the same for all seeds: its features are kept"
 
 
 def test_random_labels_are_learned_at_chance(images, generator):
     train, test = (load_split("patterns", split, "", 16) for split in ("train", "test"))
     shuffled = test._replace(labels=test.labels[torch.randperm(len(test.labels), generator=generator)])
     train = train._replace(labels=train.labels[torch.randperm(len(train.labels), generator=generator)])
-    scores = train_classifier.evaluate_frozen(small_encoder("", "random", 0)[0], train, shuffled, 0, CPU, torch.float32)
+    encoder, _ = small_encoder("", "random", 0)
+    features, queries = (extract_features(encoder, split.pixels, CPU, torch.float32) for split in (train, shuffled))
+    probe, _ = linear_probe(features, train.labels, 10, seed=0)
     bound = 4 * math.sqrt(0.1 * 0.9 / len(test.labels)) * 100
-    assert abs(scores["linear probe"] - 10) < bound and abs(scores["kNN"] - 10) < bound
+    for guess in (probe(queries).argmax(dim=1), knn_predict(features, train.labels, queries, 10)):
+        assert abs(accuracy(guess, shuffled.labels) - 10) < bound
 
 
 # ------------------------------------------------------------------------------------------------------------- probe

@@ -36,7 +36,9 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
     for name in names:
         assert values[name] == getattr(script, name)
         default = ",".join(map(str, values[name])) if isinstance(values[name], tuple) else str(values[name])
-        help_text = shown[shown.index(f"{utils.flag(name)} VALUE"):].removeprefix(f"{utils.flag(name)} VALUE ")
+        usage = f"{utils.flag(name)} " + (f", --no-{name.lower()} " if values[name] is False else "VALUE ").lstrip()
+        usage = usage.replace(" ,", ",")
+        help_text = shown[shown.index(usage):].removeprefix(usage)
         comment, bracket, rest = help_text.partition(f" [{default}]")
         assert bracket and len(comment) > 10 and " --" not in comment, name
 
@@ -45,7 +47,9 @@ def test_flags_win_over_the_demo_and_the_demo_over_the_constants():
     assert constants().DATASET == "stl10" and constants("--demo").DATASET == "patterns"
     c = constants("--demo", "--epochs", "7", "--learning-rate=0.5")
     assert (c.EPOCHS, c.LEARNING_RATE, c.RUN) == (7, 0.5, "demo") and c.given == {"EPOCHS", "LEARNING_RATE"}
-    assert constants("--seeds", "4,5", script=train_classifier).SEEDS == (4, 5)
+    c = constants("--seeds", "4,5", "--labels-per-class", "7,all", "--folds", script=train_classifier)
+    assert (c.SEEDS, c.LABELS_PER_CLASS, c.FOLDS) == ((4, 5), (7, "all"), True)
+    assert constants("--blur-p", "0.5,0").BLUR_P == (0.5, 0.0)
 
 
 def test_both_demos_agree_on_the_data_and_the_run():
@@ -213,6 +217,30 @@ def test_knn_agrees_with_brute_force(generator):
         nearest = sorted(range(60), key=lambda i: -cosine(bank[i].tolist()))[:7]
         votes = [sum(math.exp(cosine(bank[i].tolist()) / 0.2) for i in nearest if labels[i] == k) for k in range(4)]
         assert mine == votes.index(max(votes))
+
+
+def test_knn_is_as_right_as_theory_says(generator):
+    """Two classes of angles with normal noise, many neighbours known: the vote of 20 that a majority of a dense bank casts.
+
+    At an angle where class 1 has probability p, k voters drawn by it are right with the probabilities of Binomial(k, p).
+    """
+    n, half, k = 20_000, 0.5, 20
+
+    def draw():
+        labels = torch.randint(0, 2, (n,), generator=generator)
+        angle = torch.randn(n, generator=generator) * 0.5 + (labels * 2 - 1) * half
+        return torch.stack([angle.cos(), angle.sin()], dim=1), labels
+
+    (bank, labels), (queries, truth) = draw(), draw()
+    found = (knn_predict(bank, labels, queries, classes=2, k=k, temperature=1000.0) == truth).double().mean().item()
+    angle = torch.linspace(-3.5, 3.5, 20_001, dtype=torch.float64)
+    density = [torch.exp(-0.5 * ((angle - sign * half) / 0.5) ** 2) for sign in (-1, 1)]
+    p = density[1] / (density[0] + density[1])
+    votes = torch.stack([math.comb(k, i) * p ** i * (1 - p) ** (k - i) for i in range(k + 1)])
+    majority = votes[k // 2 + 1:].sum(0) + votes[k // 2] / 2
+    weight = (density[0] + density[1]) / (density[0] + density[1]).sum()
+    expected = (weight * (p * majority + (1 - p) * (1 - majority))).sum().item()
+    assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / n) and expected < 0.84 < 0.8413
 
 
 def test_knn_with_a_bank_smaller_than_k():
