@@ -5,9 +5,8 @@ target as a slow average of the online network. Values follow the paper's append
 operations on pixels follow torchvision.
 """
 import copy
-import functools
 import math
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,20 +118,6 @@ class View(NamedTuple):
     solarize: Tensor  # [N] bool
 
 
-def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = MIN_AREA,
-              blur_p: tuple[float, float] = BLUR_P) -> tuple[Tensor, Tensor]:
-    """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
-
-    Every image draws its own parameters. They are drawn on the generator's device, so a CPU generator gives the
-    same views on any device; the work on the pixels is done where the images are.
-    min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
-    """
-    n, _, height, width = images.shape
-    view1 = draw_view(n, height, width, generator, min_area, blur_p=blur_p[0], solarize_p=0.0)
-    view2 = draw_view(n, height, width, generator, min_area, blur_p=blur_p[1], solarize_p=0.2)
-    return render(images, view1, size), render(images, view2, size)
-
-
 def draw_view(n: int, height: int, width: int, generator: torch.Generator, min_area: float, blur_p: float,
               solarize_p: float) -> View:
     """Draw the parameters of one view of `n` images of `height` x `width` pixels (BYOL, appendix B)."""
@@ -168,14 +153,30 @@ def draw_crop(n: int, height: int, width: int, generator: torch.Generator,
 
 
 def render(images: Tensor, view: View, size: int) -> Tensor:
-    """Apply a view to uint8 images: crop and flip, colour jitter, grayscale, blur, solarize, normalise."""
-    view = View(*(field.to(images.device, non_blocking=True) for field in view))
+    """Apply a view to uint8 images on its device: crop and flip, colour jitter, grayscale, blur, solarize, normalise."""
     x = crop_resize(images, view.box, view.flip, size)
     x = color_jitter(x, view.order, view.factor)
     x = blend(x, torch.where(view.gray, 0.0, 1.0), view.gray.float())
     x = gaussian_blur(x, view.sigma)
     x = solarize(x, view.solarize)
     return normalize(x)
+
+
+def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = MIN_AREA,
+              blur_p: tuple[float, float] = BLUR_P,
+              render: Callable[[Tensor, View, int], Tensor] = render) -> tuple[Tensor, Tensor]:
+    """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
+
+    Every image draws its own parameters. They are drawn on the generator's device, so a CPU generator gives the
+    same views on any device; the work on the pixels is done where the images are.
+    min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
+    render: `render` or a compiled form of it.
+    """
+    n, _, height, width = images.shape
+    views = (draw_view(n, height, width, generator, min_area, blur_p=blur_p[0], solarize_p=0.0),
+             draw_view(n, height, width, generator, min_area, blur_p=blur_p[1], solarize_p=0.2))
+    views = (View(*(field.to(images.device, non_blocking=True) for field in view)) for view in views)
+    return tuple(render(images, view, size) for view in views)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -189,7 +190,12 @@ def denormalize(x: Tensor) -> Tensor:
 
 
 def per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
-    return torch.tensor(values, device=x.device).view(3, 1, 1)
+    return constant(values, x).view(3, 1, 1)
+
+
+def constant(values: tuple[float, ...], x: Tensor) -> Tensor:
+    """The values on x's device, in a copy that no host waits for (as torch.tensor(..., device="cuda") would)."""
+    return torch.tensor(values).to(x.device, non_blocking=True)
 
 
 def crop_resize(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
@@ -240,7 +246,7 @@ def color_jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
 
 def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) -> Tensor:
     """image * x + gray * luma(x) + mean * (mean luma of x), with weights [N]: an affine map of the colours."""
-    luma = torch.tensor(GRAY_WEIGHTS, device=x.device)
+    luma = constant(GRAY_WEIGHTS, x)
     matrix = torch.diag_embed(image[:, None].expand(-1, 3)) + gray.view(-1, 1, 1) * luma  # [N,3,3]
     offset = torch.zeros_like(x[:, :, :1, 0])                                             # [N,3,1]
     if mean is not None:
@@ -248,9 +254,14 @@ def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) ->
     return torch.baddbmm(offset, matrix, x.flatten(2)).view_as(x)
 
 
+def can_ask(x: Tensor) -> bool:
+    """Whether the host may read values without waiting for a GPU, and so leave out the images that need no work."""
+    return x.device.type == "cpu"
+
+
 def shift_hue_of(x: Tensor, shift: Tensor) -> Tensor:
-    """`shift_hue`; on a CPU in place and only where the shift is not 0 (on a GPU, asking would make the host wait)."""
-    if x.device.type != "cpu":
+    """`shift_hue`; where values can be asked for, in place and only where the shift is not 0."""
+    if not can_ask(x):
         return shift_hue(x, shift)
     chosen = shift.nonzero()[:, 0]
     x[chosen] = shift_hue(x[chosen], shift[chosen])
@@ -264,7 +275,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     chroma = value - x.amin(dim=1)
     d = torch.where(chroma == 0, 1.0, chroma)
     hue = torch.where(value == r, (g - b) / d, torch.where(value == g, 2 + (b - r) / d, 4 + (r - g) / d))  # sixths
-    k = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1) + (hue + 6 * shift.view(-1, 1, 1))[:, None]
+    k = per_channel((5.0, 3.0, 1.0), x) + (hue + 6 * shift.view(-1, 1, 1))[:, None]
     k = k.remainder(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -274,7 +285,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
     The kernel is about a tenth of the side, odd: 23 taps at 224 px (official code), 9 at 96.
     """
-    if x.device.type == "cpu":  # in place, only the chosen images; on a GPU, asking which would make the host wait
+    if can_ask(x):  # in place, only the chosen images
         chosen = sigma.nonzero()[:, 0]
         if len(chosen) < len(x):
             x[chosen] = gaussian_blur(x[chosen], sigma[chosen])
@@ -288,12 +299,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     return matrix @ x @ matrix.transpose(2, 3)
 
 
-@functools.lru_cache(maxsize=8)
 def reflected_bands(size: int, radius: int, device: torch.device) -> Tensor:
     """[taps, size*size]: entry (t, i*size+j) is 1 where tap t of output i reads pixel j, reflected at the border."""
-    source = torch.arange(size)[None] + torch.arange(-radius, radius + 1)[:, None]
+    pixel = torch.arange(size, device=device)
+    source = pixel + torch.arange(-radius, radius + 1, device=device)[:, None]
     source = (size - 1) - (source.abs() - (size - 1)).abs()
-    return F.one_hot(source, size).float().flatten(1).to(device)
+    return (source[..., None] == pixel).float().flatten(1)
 
 
 def solarize(x: Tensor, chosen: Tensor) -> Tensor:

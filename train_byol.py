@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from byol import BYOL, learning_rate, target_decay, two_views
+from byol import BYOL, learning_rate, render, target_decay, two_views
 from data import Split, fetch, load_split, place
 from plots import plot_curves, plot_views
 from runs import (Metrics, clear_run, only_writer, read_checkpoint, read_json, run_folder, same_constants,
                   save_checkpoint, save_torch, stop_signals, write_json)
 from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
-                   check_choice, check_ranges, constants_of, environment, extract_features, flag, knn_predict,
+                   can_compile, check_choice, check_ranges, constants_of, environment, extract_features, flag, knn_predict,
                    plain_state_dict, progress, rank_0_first, run_script, seeded_generator, seeded_init, select_device,
                    select_precision, set_rate, start_processes)
 
@@ -61,6 +61,7 @@ DEMO = DEMO | dict(EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-
                    WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
+MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
 
 
 def run(c: SimpleNamespace) -> None:
@@ -117,6 +118,10 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
     say(f"BYOL: {len(images):,} images, {c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} epochs of "
         f"{steps_per_epoch} steps, on {device} in {str(precision).removeprefix('torch.')}"
         + (f", from step {step} of {total_steps}" if step else ""))
+    draw = render
+    if can_compile(device) and total_steps - step >= MIN_STEPS_TO_COMPILE:
+        say("compiling for this GPU: the first step takes a minute or two")
+        network, draw = torch.compile(network), torch.compile(render)
     if rank == 0:
         if c.overwrite:  # only now, when everything that could be wrong has been looked at
             clear_run(folder)
@@ -168,7 +173,7 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
                 order = epoch_order(c.SEED, epoch, len(images))
             index = order[batch * c.BATCH_SIZE:(batch + 1) * c.BATCH_SIZE][rank::world]
             views = two_views(fetch(images, index, device), c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank),
-                              c.CROP_AREA, c.BLUR_P)
+                              c.CROP_AREA, c.BLUR_P, draw)
             rate = learning_rate(step, total_steps, warmup_steps, peak)
             tau = target_decay(step, total_steps, c.BASE_DECAY)
             pending.append(train_step(network, model, optimizer, views, rate, tau, precision))

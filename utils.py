@@ -3,11 +3,13 @@ import argparse
 import ast
 import contextlib
 import difflib
+import importlib.util
 import math
 import os
 import pickle
 import platform
 import re
+import shutil
 import sys
 from datetime import timedelta
 from hashlib import sha256
@@ -188,6 +190,7 @@ def select_device(name: str) -> torch.device:
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # TF32, where fp32 remains
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DEVICE {name!r} cannot be used here ({one_line(error)[:80]}): "
                         "set DEVICE to 'auto' or 'cpu'") from error
@@ -208,6 +211,12 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cpu":  # torch has no public question for this (2.15); these two it asks itself
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile pays and works: on a CUDA GPU, with triton and a C compiler."""
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+            and any(map(shutil.which, ("cc", "gcc", "clang"))))
 
 
 def start_processes() -> tuple[int, int]:

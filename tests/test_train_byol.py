@@ -12,10 +12,11 @@ import pytest
 import torch
 import torchvision
 
+import byol
 import train_byol
 from byol import BYOL
 from conftest import small_encoder
-from data import load_split
+from data import fetch, load_split
 from test_data import write_folder, write_stl10
 from utils import build_optimizer, extract_features, read_constants
 
@@ -209,7 +210,48 @@ def test_the_views_constants_reach_the_views(tiny, monkeypatch):
     seen, two_views = [], train_byol.two_views
     monkeypatch.setattr(train_byol, "two_views", lambda *args: seen.append(args[3:]) or two_views(*args))
     assert tiny("--crop-area", "0.5", "--blur-p", "0.3,0", "--epochs", "1") == 0
-    assert seen == [(0.5, (0.3, 0.0))] * 3, "the figure's and two batches"
+    assert [args[:2] for args in seen] == [(0.5, (0.3, 0.0))] * 3, "the figure's and two batches"
+
+
+def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
+    """What is compiled on a GPU traces here, too, in one graph, on the path without questions to the host."""
+    tiny(run="eager")
+    compiled, compile = [], torch.compile
+
+    def traced(function):
+        compiled.append(function)
+        return compile(function, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(train_byol, "can_compile", lambda device: True)
+    assert tiny(run="short") == 0 and not compiled, "a short run does not win back the time"
+    monkeypatch.setattr(train_byol, "MIN_STEPS_TO_COMPILE", 4)
+    monkeypatch.setattr(byol, "can_ask", lambda x: False)
+    assert tiny(run="compiled") == 0 and len(compiled) == 2 and "compiling" in capsys.readouterr().out
+    a, b = weights("eager"), weights("compiled")
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_step_waits_for_the_gpu():
+    device = torch.device("cuda")
+    model = BYOL(small_encoder("", "random", 0)[0], 64, 16, 8).to(device)
+    optimizer = build_optimizer(model, "sgd", 0.1, 0)
+    pixels = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
+
+    def step(pixels):
+        views = byol.two_views(fetch(pixels, torch.arange(8), device), 16, torch.Generator().manual_seed(0))
+        train_byol.train_step(model, model, optimizer, views, 0.1, 0.9, torch.bfloat16)
+
+    for placed in (pixels, pixels.to(device)):
+        step(placed)  # the first allocates and chooses kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(placed)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_every_image_of_an_epoch_is_taken_once():

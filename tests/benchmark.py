@@ -1,0 +1,156 @@
+"""How close pretraining comes to the model's own speed: `python tests/benchmark.py [--device cuda --batch-size 256 ...]`.
+
+Prints images/s and the share of the floor, measured in turns by one process:
+    floor             train_step on views that are already on the device: the networks, the optimizer, the average
+    whole step        what train_byol.py does for each batch: gather, two views, train_step
+    augmentation      the two views alone, images already on the device
+    common pipeline   torchvision's transforms image by image in DataLoader workers, fp32, contiguous memory
+Peak memory: of each row on CUDA, of the process on a CPU (data and loader workers apart). ResNet18 from random weights
+with the paper's heads. Images are noise, or those of --images FOLDER, which the common pipeline decodes as it goes.
+"""
+import argparse
+import itertools
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, render, two_views  # noqa: E402
+from data import cached_pixels, fetch, image_files, place  # noqa: E402
+from train_byol import epoch_order, train_step  # noqa: E402
+from utils import (build_encoder, build_optimizer, can_compile, hardware_name, seeded_generator,  # noqa: E402
+                   seeded_init, select_device, select_precision)
+
+
+class TwoViews(Dataset):
+    """What most repositories do: one image at a time, twice through torchvision's transforms."""
+
+    def __init__(self, images: Tensor | list[Path], size: int):
+        def view(blur_p, solarize_p):
+            return v2.Compose([
+                v2.RandomResizedCrop(size, scale=(0.08, 1), interpolation=InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2), v2.RandomApply([v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))], p=blur_p),
+                v2.RandomSolarize(128, p=solarize_p), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        self.images, self.views = images, (view(1.0, 0.0), view(0.1, 0.2))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.images[index]
+        image = (Image.fromarray(image.permute(1, 2, 0).numpy()) if isinstance(image, Tensor)
+                 else Image.open(image).convert("RGB"))
+        return tuple(view(image) for view in self.views)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--images", type=Path, help="a folder of images, at any depth")
+    parser.add_argument("--seconds", type=float, default=20, help="of each row, at least, after its warm-up [20]")
+    args = parser.parse_args()
+    device = select_device(args.device)
+    precision = select_precision("auto", device)
+    size, batch_size = args.image_size, args.batch_size
+    files = image_files(args.images) if args.images else []
+    if files:
+        pixels, _ = cached_pixels(args.images, files, Path("data"), size)
+    else:
+        pixels = torch.randint(0, 256, (max(2000, 4 * batch_size), 3, size, size), dtype=torch.uint8,
+                               generator=seeded_generator(0, "noise"))
+    compiled = can_compile(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds, memory = {}, {}
+
+    def timed(row, count):
+        """Seconds a batch."""
+        wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            row()
+        wait()
+        return (time.perf_counter() - start) / count
+
+    def measure(rows, rounds=4):
+        """Fill `seconds` and `memory`; in turns, so that a machine that slows down slows all rows."""
+        counts = {}
+        for name, row in rows.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            timed(row, 2 * os.cpu_count() + 1 if name == "common pipeline" else 3)  # start and empty what is in store
+            counts[name] = max(1, round(args.seconds / rounds / timed(row, 3)))
+            memory[name] = f"   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        of = {name: [] for name in rows}
+        for _ in range(rounds):
+            for name, row in rows.items():
+                of[name].append(timed(row, counts[name]))
+        seconds.update({name: statistics.median(taken) for name, taken in of.items()})
+
+    def build(memory_format):
+        encoder, feature_dim = build_encoder("resnet18", "random", 0)
+        with seeded_init(0, "heads"):
+            model = BYOL(encoder, feature_dim).to(device, memory_format=memory_format)
+        return model, build_optimizer(model, "sgd", 0.01, 5e-4)
+
+    def measure_ours():
+        placed, step = place(pixels, device), itertools.count()
+        draw = torch.compile(render) if compiled else render
+        model, optimizer = build(torch.channels_last)
+        network = torch.compile(model) if compiled else model
+        order = itertools.chain.from_iterable(
+            epoch_order(0, epoch, len(pixels)).split(batch_size)[:len(pixels) // batch_size] for epoch in itertools.count())
+
+        def views_of(images):
+            return two_views(images, size, seeded_generator(0, "views", next(step)), render=draw)
+
+        def train(views):
+            train_step(network, model, optimizer, views, 0.01, 0.99, precision)
+
+        images = fetch(placed, next(order), device)
+        views = views_of(images)
+        measure({"floor": lambda: train(views),
+                 "whole step": lambda: train(views_of(fetch(placed, next(order), device))),
+                 "augmentation": lambda: views_of(images)})
+
+    def measure_common():
+        model, optimizer = build(torch.contiguous_format)
+        loader = DataLoader(TwoViews(files or pixels, size), batch_size, shuffle=True, num_workers=os.cpu_count(),
+                            drop_last=True, pin_memory=device.type == "cuda", persistent_workers=True)
+        batches = itertools.chain.from_iterable(loader for _ in itertools.count())
+
+        def step():
+            loss = model(*(view.to(device, non_blocking=True) for view in next(batches)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_target(0.99)
+
+        measure({"common pipeline": step})
+
+    measure_ours()
+    measure_common()
+    print(f"{hardware_name(device)}, {torch.get_num_threads()} threads, {os.cpu_count()} workers, torch {torch.__version__}, "
+          f"{str(precision).removeprefix('torch.')}{', compiled' if compiled else ''}\n"
+          f"ResNet18 at {size} px, batch {batch_size}, {len(pixels):,} {'images' if files else 'images of noise'}\n")
+    for name, taken in seconds.items():
+        print(f"{name:<15} {batch_size / taken:9.1f} images/s   {seconds['floor'] / taken:.2f}{memory[name]}")
+    if device.type != "cuda":
+        print(f"\npeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()
