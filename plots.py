@@ -6,8 +6,8 @@ from typing import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from byol import denormalize
@@ -30,7 +30,7 @@ def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None
         batch = batch.float().cpu()
         batch = batch / 255 if row == 0 else denormalize(batch)
         for axis, image in zip(axes[row], batch.clamp(0, 1)):
-            show(axis, image)
+            axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(name)
     save_figure(figure, path)
@@ -118,33 +118,30 @@ def plot_neighbors(path: Path, test: Split, features: Sequence[tuple[str, Tensor
     classes = torch.randperm(len(test.classes), generator=generator)[:queries].sort().values.tolist()
     chosen = [torch.nonzero(test.labels == k)[0].item() for k in classes]
     figure = Figure(figsize=(7.2, 0.62 * len(chosen) + 0.6), layout="constrained")
-    widths = [1] + ([0.25] + [1] * neighbors) * len(features)
-    axes = figure.subplots(len(chosen), len(widths), squeeze=False, width_ratios=widths)
-    for row, query in zip(axes, chosen):
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(test.classes[test.labels[query]], rotation=0, ha="right", va="center")
-        show(row[0], test.pixels[query])
-        for i, (_, values) in enumerate(features):
+    axis = figure.subplots()
+
+    def place(index: int, x: float, y: float, **frame) -> None:
+        axis.imshow(test.pixels[index].permute(1, 2, 0).cpu().numpy(), extent=(x, x + 0.86, y + 0.86, y))
+        axis.add_patch(Rectangle((x, y), 0.86, 0.86, fill=False, **frame))
+
+    left = [1.3 + i * (neighbors + 0.3) for i in range(len(features))]
+    for y, query in enumerate(chosen):
+        place(query, 0, y, linewidth=0)
+        axis.text(-0.1, y + 0.43, test.classes[test.labels[query]], ha="right", va="center")
+        for x, (_, values) in zip(left, features):
             similarity = F.cosine_similarity(values, values[query:query + 1])
             similarity[query] = -2  # not its own neighbour
-            for axis, index in zip(row[2 + i * (neighbors + 1):], similarity.topk(neighbors).indices.tolist()):
-                show(axis, test.pixels[index])
+            for rank, index in enumerate(similarity.topk(neighbors).indices.tolist()):
                 right = test.labels[index] == test.labels[query]
-                axis.spines[:].set(visible=True, color=BLUE if right else ORANGE, linewidth=2.5,
-                                   linestyle="-" if right else ":")
-    axes[0, 0].set_title("query")
-    for i, (arm, _) in enumerate(features):
-        axes[0, 2 + i * (neighbors + 1) + neighbors // 2].set_title(f"nearest, {arm}")
-    figure.supxlabel(f"{run}: test images by cosine similarity of frozen features; solid blue: the query's class, dotted "
-                     "orange: another", fontsize=8, color=GRAY)
+                place(index, x + rank, y, linewidth=2.5, color=BLUE if right else ORANGE, ls="-" if right else ":")
+    axis.text(0.43, -0.15, "query", ha="center")
+    for x, (arm, _) in zip(left, features):
+        axis.text(x + neighbors / 2, -0.15, f"nearest, {arm}", ha="center")
+    axis.set(xlim=(-0.15, left[-1] + neighbors), ylim=(len(chosen), -0.1))
+    axis.set_axis_off()
+    figure.supxlabel(f"{run}: test images by cosine similarity of frozen features; solid blue: the query's class,\n"
+                     "dotted orange: another", fontsize=8, color=GRAY)
     save_figure(figure, path)
-
-
-def show(axis: Axes, image: Tensor) -> None:
-    """Draw an image, uint8 or float in [0,1], [3,H,W]."""
-    axis.imshow(image.permute(1, 2, 0).cpu().numpy())
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:

@@ -195,7 +195,8 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
                     told = time.monotonic()
                     left = (total_steps - step) * c.BATCH_SIZE / speed / 60
                     say(f"epoch {row['epoch']:.2f} of {c.EPOCHS}  loss {row['loss']:.3f}  spread {row['spread']:.3f}  "
-                        + (f"kNN {knn:.1f}%  " if knn != "" else "") + f"{speed:,.0f} images/s" + (f"  {left:.0f} min left" if left else ""))
+                        + (f"kNN {knn:.1f}%  " if knn != "" else "") + f"{speed:,.0f} images/s"
+                        + (f"  {left:.0f} min left" if left else ""))
                 if row["spread"] < 0.1 * c.PROJECTION_DIM ** -0.5 and not warned:
                     warned = True
                     say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f} where "
@@ -219,7 +220,7 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
         raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there"
                       + (", without --overwrite" if c.overwrite else ""), signals[0] if signals else 15)
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
-        + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != RUN and not (c.demo and c.RUN == DEMO["RUN"]) else ""))
+        + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
 
 
 def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],

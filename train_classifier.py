@@ -6,8 +6,9 @@
     python train_classifier.py --folds           STL-10's own protocol: its ten folds of 1,000 labelled images
 
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps; they differ in
-the encoder they start from (from ImageNet weights, random ones are a third). Dataset, encoder, init and image size are those of the run. Reported is the accuracy on
-the test images after the last epoch, never the best one.
+the encoder they start from (where that began with ImageNet weights, random ones are a third arm). Dataset, encoder,
+init and image size are those of the run. Reported is the accuracy on the test images after the last epoch, never the
+best one.
 """
 import copy
 import math
@@ -97,9 +98,9 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
                                   for split in (train, test))
         return features[key]
 
-    print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} classes\n"
-          f"{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in {str(precision).removeprefix('torch.')}",
-          flush=True)
+    print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
+          f"classes\n{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in "
+          f"{str(precision).removeprefix('torch.')}", flush=True)
 
     with stop_signals() as signals:
         for seed in c.SEEDS:
@@ -115,18 +116,15 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
                     subset = folds[seed] if labels == FOLD else draw_subset(train.labels, labels, seed)
                     network = fine_tune(copy.deepcopy(encoder), feature_dim, train, subset, seed, c, device, precision,
                                         signals, f"seed {seed}, {labels} labels, {arm}")
-                    scores = extract_features(network, test.pixels, device, precision).cpu()
-                    probe, penalty = linear_probe(train_features[subset], train.labels[subset], len(train.classes), seed)
-                    predicted = {"fine-tuning": scores.argmax(dim=1), "linear probe": probe(test_features).argmax(dim=1),
-                                 "kNN": knn_predict(train_features[subset], train.labels[subset], test_features,
-                                                    len(train.classes))}
-                    record = {name: accuracy(guess, test.labels) for name, guess in predicted.items()}
-                    by_class = {name: [accuracy(guess[test.labels == k], test.labels[test.labels == k])
-                                       for k in range(len(test.classes))] for name, guess in predicted.items()}
+                    bank, bank_labels = train_features[subset], train.labels[subset]
+                    probe, penalty = linear_probe(bank, bank_labels, len(train.classes), seed)
+                    record = {"arm": arm, "seed": seed, "labels": labels, "probe penalty": penalty} | score({
+                        "fine-tuning": extract_features(network, test.pixels, device, precision).cpu().argmax(dim=1),
+                        "linear probe": probe(test_features).argmax(dim=1),
+                        "kNN": knn_predict(bank, bank_labels, test_features, len(train.classes))}, test)
                     if (arm, seed, labels) == (arms[-1], c.SEEDS[0], budgets[-1]):
                         save_torch(folder / "classifier.pt", plain_state_dict(network))
-                    records.append({"arm": arm, "seed": seed, "labels": labels, **record, "probe penalty": penalty,
-                                    "by class": by_class})
+                    records.append(record)
                     write_json(folder / "results.json", results)
                     print(f"seed {seed} {labels:>4} labels {arm:<14}"
                           + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
@@ -146,8 +144,8 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
             plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
     if not pretrained:
         same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", *OF_THE_RUN) if name in c.given]
-        print(f"\nThis is the half without BYOL. For the other: {' '.join(['python train_byol.py', *['--demo'] * c.demo, *same])}"
-              ", then this command again.")
+        command = " ".join(["python train_byol.py", *["--demo"] * c.demo, *same])
+        print(f"\nThis is the half without BYOL. For the other: {command}, then this command again.")
 
 
 def build_arm(arm: str, seed: int, c: SimpleNamespace, pretrained: Path | None) -> tuple[nn.Module, int]:
@@ -249,6 +247,14 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor
     return network
 
 
+def score(predicted: dict[str, Tensor], test: Split) -> dict:
+    """Test accuracy in percent of each protocol's predictions [N], and of each class by itself."""
+    of_class = [test.labels == k for k in range(len(test.classes))]
+    by_class = {name: [accuracy(guess[chosen], test.labels[chosen]) for chosen in of_class]
+                for name, guess in predicted.items()}
+    return {name: accuracy(guess, test.labels) for name, guess in predicted.items()} | {"by class": by_class}
+
+
 def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Module, float]:
     """Multinomial logistic regression on frozen features [N,D], and its L2 penalty.
 
@@ -257,11 +263,11 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> t
     order = torch.randperm(len(labels), generator=seeded_generator(seed, "probe"))
     fit, held_out = order.tensor_split([int(0.8 * len(order))])
 
-    def score(penalty):
+    def held_out_accuracy(penalty):
         probe = fit_logistic(features[fit], labels[fit], classes, penalty)
         return accuracy(probe(features[held_out]).argmax(dim=1), labels[held_out])
 
-    penalty = max(reversed(PROBE_PENALTIES), key=score)  # of equals the strongest
+    penalty = max(reversed(PROBE_PENALTIES), key=held_out_accuracy)  # of equals the strongest
     return fit_logistic(features, labels, classes, penalty), penalty
 
 
@@ -318,7 +324,8 @@ def print_table(summary: dict, arms: list[str], c: SimpleNamespace) -> None:
         print("gain: mean of the differences, seed by seed, ± its standard error")
 
 
-def print_classes(records: list[dict], classes: list[str], arms: list[str], labels: int | str, seeds: tuple[int, ...]) -> None:
+def print_classes(records: list[dict], classes: list[str], arms: list[str], labels: int | str,
+                  seeds: tuple[int, ...]) -> None:
     """Accuracy of each class after fine-tuning, mean over the seeds, where the classes fit a screen."""
     if len(classes) > 20:
         return
@@ -336,8 +343,8 @@ def label_text(labels: int | str) -> str:
 def caption(c: SimpleNamespace) -> str:
     """What the numbers are, for table and figures, in lines of at most 80 characters."""
     seeds = ", ".join(map(str, c.SEEDS))
-    spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights" if len(c.SEEDS) > 1
-              else f"seed {seeds}")
+    spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights"
+              if len(c.SEEDS) > 1 else f"seed {seeds}")
     return (f"{c.RUN}: {c.DATASET} at {c.IMAGE_SIZE} px, {c.ENCODER} from {c.INIT} weights\n{spread}\n"
             f"one pretraining run; fine-tuned for {c.EPOCHS} epochs, the last one reported")
 
@@ -349,9 +356,10 @@ def check_constants(c: SimpleNamespace) -> None:
     check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
     if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} repeats a seed or is empty")
-    if len(set(c.LABELS_PER_CLASS)) != len(c.LABELS_PER_CLASS) or not all(b == "all" or b > 0 for b in c.LABELS_PER_CLASS):
-        raise UsageError(f"LABELS_PER_CLASS {','.join(map(str, c.LABELS_PER_CLASS))} must be different positive numbers or "
-                         f"'all' ({flag('LABELS_PER_CLASS')})")
+    budgets = c.LABELS_PER_CLASS
+    if len(set(budgets)) != len(budgets) or not all(b == "all" or b > 0 for b in budgets):
+        raise UsageError(f"LABELS_PER_CLASS {','.join(map(str, budgets))} must be different positive numbers or 'all' "
+                         f"({flag('LABELS_PER_CLASS')})")
     if c.FOLDS and c.DATASET != "stl10":
         raise UsageError(f"FOLDS are STL-10's, and DATASET is {c.DATASET!r}: leave --folds out")
 

@@ -99,8 +99,8 @@ def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
     Raises UsageError for an unknown flag or a value of the wrong type.
     """
     source = Path(script["__file__"]).read_text(encoding="utf-8")
-    parser = Parser(prog=Path(script["__file__"]).name, usage="%(prog)s [--CONSTANT VALUE ...]", description=script["__doc__"], allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=Path(script["__file__"]).name, usage="%(prog)s [--CONSTANT VALUE ...]", allow_abbrev=False,
+                    description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="a small run that needs no download and no GPU")
     parser.add_argument("--overwrite", action="store_true", help="start anew where the run's folder holds results")
     for node in ast.parse(source).body:
@@ -289,7 +289,8 @@ def build_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
 
 def imagenet_weights(name: str) -> dict:
     try:
-        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except UNREADABLE as error:  # urllib's errors are OSErrors; a wrong checksum is a RuntimeError
         raise UserError(f"INIT 'imagenet': the weights of {name} could not be downloaded ({one_line(error)}): set INIT "
                         f"to 'random' or to a weights file") from error
