@@ -38,6 +38,10 @@ def kill_often(command: list[str], folder: Path, kills: int, seconds: float, see
     while True:
         run = folder / "runs" / f"killed-{counts['runs']}"
         writing = run / "checkpoint.next.pt.tmp"
+
+        def saved() -> bool:
+            return any(run.glob("checkpoint*.pt"))
+
         left = counts["killed"] < kills
         output = folder / "output"
         with open(output, "w") as out:
@@ -46,7 +50,7 @@ def kill_often(command: list[str], folder: Path, kills: int, seconds: float, see
             moment = rng.choice(["starting", "training", "training", "training", "writing", "writing"])
             if moment == "starting":
                 time.sleep(rng.uniform(0, 4))
-            elif wait_for(lambda: "BYOL:" in output.read_text(), process):
+            elif wait_for(lambda: "BYOL:" in output.read_text() and (moment == "writing" or saved()), process):
                 time.sleep(rng.uniform(0, seconds))
                 if moment == "writing" and wait_for(writing.exists, process):
                     time.sleep(rng.uniform(0, 0.05))

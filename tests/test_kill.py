@@ -18,6 +18,6 @@ from conftest import small_encoder
 train_byol.build_encoder = small_encoder
 sys.exit(train_byol.main(sys.argv[1:]))
 """)
-    command = [sys.executable, str(script), "--dataset", "images", *TINY, "--epochs", "40", "--checkpoint-minutes", "0.002"]
-    counts = kill_often(command, Path(tmp_path), kills=3, seconds=1.5)
+    command = [sys.executable, str(script), "--dataset", "images", *TINY, "--epochs", "60", "--checkpoint-minutes", "0.002"]
+    counts = kill_often(command, Path(tmp_path), kills=3, seconds=0.3)
     assert counts["killed"] == 3 and counts["continued"] > 0 and counts["runs"] > 0
