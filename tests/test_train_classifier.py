@@ -13,7 +13,7 @@ import torchvision
 import train_byol
 import train_classifier
 from conftest import small_encoder
-from data import load_folds, load_split
+from data import Split, load_folds, load_split
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
 from train_classifier import BASELINE, RANDOM, WITH_BYOL, draw_subset, fine_tune, fit_logistic, linear_probe
@@ -120,6 +120,12 @@ def test_budgets_that_no_class_can_pay_are_named(pretrained, capsys):
     assert "LABELS_PER_CLASS 11: class" in capsys.readouterr().err
     assert compare("--labels-per-class", "11,all", "--seeds", "0") == 0
     assert "has only 10 training images; left out" in capsys.readouterr().out
+
+
+def test_accuracy_is_counted_for_all_and_for_each_class():
+    test = Split(torch.empty(5), torch.tensor([0, 0, 0, 1, 1]), ["a", "b"])
+    found = train_classifier.score({"kNN": torch.tensor([0, 1, 1, 1, 1])}, test)
+    assert found["kNN"] == 60 and found["by class"]["kNN"] == [pytest.approx(100 / 3), 100]
 
 
 def test_standard_error_and_deviation():
