@@ -345,7 +345,8 @@ def caption(c: SimpleNamespace) -> str:
     seeds = ", ".join(map(str, c.SEEDS))
     spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights"
               if len(c.SEEDS) > 1 else f"seed {seeds}")
-    return (f"{c.RUN}: {c.DATASET} at {c.IMAGE_SIZE} px, {c.ENCODER} from {c.INIT} weights\n{spread}\n"
+    data = Path(c.DATASET).resolve().name  # a folder's name says enough, and a path may be long
+    return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {c.INIT} weights\n{spread}\n"
             f"one pretraining run; fine-tuned for {c.EPOCHS} epochs, the last one reported")
 
 
