@@ -95,7 +95,7 @@ def download_stl10(root: Path, missing: Path) -> None:
     """Download and unpack STL-10 (2.6 GB) into `root`/stl10_binary; torchvision checks the archive's checksum."""
     unpacking = root / "stl10_unpacking"  # renamed when whole, so a torn unpacking is never taken for the data
     try:
-        print(f"downloading STL-10 (2.6 GB, once) to {root}", flush=True)
+        print(f"downloading STL-10 (2.6 GB, once) to {root}")
         download_and_extract_archive(STL10.url, str(root), str(unpacking), STL10.filename, STL10.tgz_md5,
                                      remove_finished=True)
         shutil.copytree(unpacking / "stl10_binary", missing.parent, dirs_exist_ok=True, copy_function=os.replace)

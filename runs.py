@@ -138,7 +138,7 @@ def read_checkpoint(folder: Path) -> dict | None:
                 return state
         except UNREADABLE:
             pass
-        print(f"{path} is torn or no checkpoint of this code; looking for the one before it", flush=True)
+        print(f"{path} is torn or no checkpoint of this code; looking for the one before it")
     if found:
         raise UserError(f"no checkpoint in {folder} can be read: --overwrite starts anew")
     return None

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import io
 import math
 import os
 import pickle
@@ -63,6 +64,8 @@ def run_script(script: dict, argv: list[str] | None) -> int:
 
     script: the script's globals(). A UserError ends in one line on stderr; a bug of ours keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     try:
         script["run"](read_constants(script, argv))
         return 0

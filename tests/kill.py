@@ -6,6 +6,7 @@ must equal that of a run left alone bit for bit, and metrics.csv in every column
 exits 1 if anything differs. tests/test_kill.py is its short form.
 """
 import csv
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_byol.py"
+MOMENTS = ["starting", "training", "writing"]
 
 
 def wait_for(condition, process: subprocess.Popen, timeout: float = 120) -> bool:
@@ -28,11 +30,12 @@ def wait_for(condition, process: subprocess.Popen, timeout: float = 120) -> bool
     return False
 
 
-def kill_often(command: list[str], folder: Path, kills: int, seconds: float, seed: int = 0) -> dict[str, int]:
-    """Run `command --run whole` once and `command --run killed-0` with interruptions; a run that ends is followed by
-    another, until `kills` were killed. seconds: the longest training between two kills. Raises AssertionError where a
-    killed run ends otherwise than the whole one."""
-    rng = random.Random(seed)
+def kill_often(command: list[str], folder: Path, moments: list[str], seconds: float) -> dict[str, int]:
+    """Run `command --run whole` once and `command --run killed-0` with a kill at each of the moments (starting, training,
+    writing); a run that ends is followed by another. seconds: the longest training between two kills. Raises
+    AssertionError where a killed run ends otherwise than the whole one."""
+    rng = random.Random(0)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user's shell
     counts = dict(killed=0, starting=0, training=0, writing=0, continued=0, runs=0)
     subprocess.run([*command, "--run", "whole"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     while True:
@@ -42,12 +45,12 @@ def kill_often(command: list[str], folder: Path, kills: int, seconds: float, see
         def saved() -> bool:
             return any(run.glob("checkpoint*.pt"))
 
-        left = counts["killed"] < kills
+        left = counts["killed"] < len(moments)
         output = folder / "output"
         with open(output, "w") as out:
-            process = subprocess.Popen([*command, "--run", run.name], cwd=folder, stdout=out)
+            process = subprocess.Popen([*command, "--run", run.name], cwd=folder, stdout=out, env=environment)
         if left:
-            moment = rng.choice(["starting", "training", "training", "training", "writing", "writing"])
+            moment = moments[counts["killed"]]
             if moment == "starting":
                 time.sleep(rng.uniform(0, 4))
             elif wait_for(lambda: "BYOL:" in output.read_text() and (moment == "writing" or saved()), process):
@@ -64,6 +67,7 @@ def kill_often(command: list[str], folder: Path, kills: int, seconds: float, see
         if process.returncode == 0:
             compare(folder / "runs" / "whole", run)
             counts["runs"] += 1
+            assert counts["runs"] <= len(moments), f"runs end before they can be killed: {counts}"
             if not left:
                 return counts
         else:
@@ -84,8 +88,8 @@ def compare(whole: Path, killed: Path) -> None:
 def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     with tempfile.TemporaryDirectory() as folder:
-        counts = kill_often([sys.executable, str(SCRIPT), "--demo", "--checkpoint-minutes", "0.05"], Path(folder), kills,
-                            seconds=8)
+        counts = kill_often([sys.executable, str(SCRIPT), "--demo", "--checkpoint-minutes", "0.05"], Path(folder),
+                            moments=random.Random(0).choices(MOMENTS, weights=[1, 3, 2], k=kills), seconds=8)
     print(f"{counts['killed']} kills: {counts['starting']} while starting, {counts['training']} while training, "
           f"{counts['writing']} inside the write of a checkpoint; {counts['continued']} restarts continued from a "
           f"checkpoint; {counts['runs']} runs ended, each as the run left alone: encoder.pt and metrics.csv are equal")
