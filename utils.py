@@ -2,6 +2,7 @@
 import argparse
 import ast
 import contextlib
+import ctypes
 import difflib
 import importlib.util
 import io
@@ -66,6 +67,7 @@ def run_script(script: dict, argv: list[str] | None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
+    keep_freed_memory()
     try:
         script["run"](read_constants(script, argv))
         return 0
@@ -214,6 +216,15 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cpu":  # torch has no public question for this (2.15); these two it asks itself
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors. It would hand large blocks back to the kernel, which clears each page
+    anew: 37,000 pages a step of 64 images at 48 px, a tenth of its time on a CPU. Nothing happens on other systems."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)   # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is never given back
 
 
 def can_compile(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ Peak memory: of each row on CUDA, of the process on a CPU (data and loader worke
 with the paper's heads. Images are noise, or those of --images FOLDER, which the common pipeline decodes as it goes.
 """
 import argparse
+import gc
 import itertools
 import os
 import resource
@@ -28,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, render, two_views  # noqa: E402
 from data import cached_pixels, fetch, image_files, place  # noqa: E402
 from train_byol import epoch_order, train_step  # noqa: E402
-from utils import (build_encoder, build_optimizer, can_compile, hardware_name, seeded_generator,  # noqa: E402
-                   seeded_init, select_device, select_precision)
+from utils import (build_encoder, build_optimizer, can_compile, hardware_name, keep_freed_memory,  # noqa: E402
+                   seeded_generator, seeded_init, select_device, select_precision)
 
 
 class TwoViews(Dataset):
@@ -141,13 +142,16 @@ def main() -> None:
 
         measure({"common pipeline": step})
 
-    measure_ours()
     measure_common()
+    gc.collect()         # its workers end here
+    keep_freed_memory()  # as the scripts do
+    measure_ours()
     print(f"{hardware_name(device)}, {torch.get_num_threads()} threads, {os.cpu_count()} workers, torch {torch.__version__}, "
           f"{str(precision).removeprefix('torch.')}{', compiled' if compiled else ''}\n"
           f"ResNet18 at {size} px, batch {batch_size}, {len(pixels):,} {'images' if files else 'images of noise'}\n")
-    for name, taken in seconds.items():
-        print(f"{name:<15} {batch_size / taken:9.1f} images/s   {seconds['floor'] / taken:.2f}{memory[name]}")
+    for name in ("floor", "whole step", "augmentation", "common pipeline"):
+        share = seconds["floor"] / seconds[name]
+        print(f"{name:<15} {batch_size / seconds[name]:9.1f} images/s   {share:.2f}{memory[name]}")
     if device.type != "cuda":
         print(f"\npeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 

@@ -1,6 +1,10 @@
 """What both scripts share: constants and flags, randomness, encoders, kNN, files that are whole or absent."""
 import json
 import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +120,25 @@ def test_a_device_that_is_not_there_is_named():
         with pytest.raises(UserError, match=f"DEVICE '{name}'"):
             select_device(name)
     assert select_device("cpu").type == "cpu"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told")
+def test_the_memory_of_freed_tensors_is_used_again():
+    """In a process of its own, since the heap of this one has holes that other tests left."""
+    script = """
+import resource, torch, utils
+utils.keep_freed_memory()
+for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.zeros(mebibytes << 20, dtype=torch.uint8) for mebibytes in (40, 1, 3, 9, 33, 17, 5)]
+    del kept
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(utils.__file__).parent, capture_output=True, text=True,
+                          check=True)
+    faults = [int(line) for line in done.stdout.split()]
+    assert faults[0] > 20_000, "27,648 pages of 4 KiB are new at first"
+    assert max(faults[5:]) < 3000, f"once the heap has its size, no page is new: {faults}"
 
 
 def test_bf16_is_chosen_only_where_the_hardware_has_it(monkeypatch):
