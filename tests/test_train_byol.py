@@ -255,8 +255,13 @@ def test_no_step_waits_for_the_gpu():
 
 
 def test_bf16_and_fp32_stay_together():
-    """The same 40 steps: bf16 keeps 8 bits, an error of up to 0.4% an operation. A loss of some 2, computed in fp32 from
-    such embeddings, may differ by a few percent (0.04 was measured), and must not drift away."""
+    """The same 40 steps. bf16 keeps 8 bits, an error of up to 0.4% an operation, so that a loss of some 2 may differ by a
+    few percent (0.04 was measured) and must not drift away.
+
+    Over 200 steps of ResNet18 on patterns (32 px, batch 16, rate 0.05) bf16 stayed within 0.14 of fp32 at each step and
+    0.06 in means of 20 steps. fp32 itself, from first weights rounded to bf16 or moved by as much, came within 0.13 to 0.17
+    and 0.07 to 0.09 of itself. So the bound of such a run is 0.2 a step and 0.1 in means of 20.
+    """
     images = load_split("patterns", "unlabeled", "", 32).pixels[:64]
     losses = {}
     for precision in (torch.float32, torch.bfloat16):
