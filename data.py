@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -111,7 +112,10 @@ def map_pixels(file: Path, side: int) -> Tensor:
     if size == 0 or size % image:
         raise UserError(f"{file} has {size} bytes, which is no whole number of {side}x{side} images ({image} bytes "
                         "each): it is truncated or not what it should be; delete it to have it made again")
-    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(-1, 3, side, side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the tensor must not be written to, and is not
+        # Read-only: Linux refuses a writable private mapping (torch.from_file's) that is larger than its memory.
+        return torch.from_numpy(np.memmap(file, np.uint8, "r")).view(-1, 3, side, side)
 
 
 # ---------------------------------------------------------------------------------------------- a folder of images

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from data import PATTERNS, decode_image, fetch, load_folds, load_split, place
+from data import PATTERNS, decode_image, fetch, load_folds, load_split, map_pixels, place
 from utils import UserError, seeded_generator
 
 
@@ -269,3 +269,14 @@ def test_mapping_an_array_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_split("stl10", "unlabeled", str(tmp_path), 96)
+
+
+def test_an_array_larger_than_memory_is_mapped(tmp_path):
+    """A file with a hole for what is not there: it takes no space on the disk."""
+    side, count = 1024, 2 ** 40 // (3 * 1024 ** 2)
+    with open(tmp_path / "large.bin", "wb") as file:
+        file.truncate(count * 3 * side ** 2)
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\7")
+    pixels = map_pixels(tmp_path / "large.bin", side)
+    assert len(pixels) == count and pixels[-1, -1, -1, -1] == 7
