@@ -167,15 +167,15 @@ def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: f
               render: Callable[[Tensor, View, int], Tensor] = render) -> tuple[Tensor, Tensor]:
     """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
 
-    Every image draws its own parameters. They are drawn on the generator's device, so a CPU generator gives the
-    same views on any device; the work on the pixels is done where the images are.
+    Every image draws its own parameters. They are drawn on the generator's device, so a CPU generator draws the
+    same ones for any device; the work on the pixels is done where the images are (on CUDA in TF32).
     min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
     render: `render` or a compiled form of it.
     """
     n, _, height, width = images.shape
     views = (draw_view(n, height, width, generator, min_area, blur_p=blur_p[0], solarize_p=0.0),
              draw_view(n, height, width, generator, min_area, blur_p=blur_p[1], solarize_p=0.2))
-    views = (View(*(field.to(images.device, non_blocking=True) for field in view)) for view in views)
+    views = (View(*(send(field, images.device) for field in view)) for view in views)
     return tuple(render(images, view, size) for view in views)
 
 
@@ -195,7 +195,12 @@ def per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
 
 def constant(values: tuple[float, ...], x: Tensor) -> Tensor:
     """The values on x's device, in a copy that no host waits for (as torch.tensor(..., device="cuda") would)."""
-    return torch.tensor(values).to(x.device, non_blocking=True)
+    return send(torch.tensor(values), x.device)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for, on CUDA, which sets the source aside first; MPS may read it when it is gone."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def crop_resize(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:

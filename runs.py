@@ -17,7 +17,7 @@ except ImportError:  # Windows: no lock there
 
 import torch
 
-from utils import UNREADABLE, Stopped, UsageError, UserError, flag, one_line
+from utils import UNREADABLE, CannotWrite, Stopped, UsageError, UserError, flag, one_line
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -59,9 +59,9 @@ def clear_run(folder: Path) -> None:
         raise cannot_write(folder, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder writable, then "
-                     "run the same command again")
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    return CannotWrite(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder writable, then "
+                       "run the same command again")
 
 
 @contextlib.contextmanager

@@ -121,7 +121,9 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
     draw = render
     if can_compile(device) and total_steps - step >= MIN_STEPS_TO_COMPILE:
         say("compiling for this GPU: the first step takes a minute or two")
-        network, draw = torch.compile(network), torch.compile(render)
+        draw = torch.compile(render)
+        if network is model:  # SyncBatchNorm cannot be traced
+            network = torch.compile(network)
     if rank == 0:
         if c.overwrite:  # only now, when everything that could be wrong has been looked at
             clear_run(folder)
@@ -217,8 +219,8 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
             plot_curves(folder / "curves.png", metrics.rows(), c)
         save()
     if step < total_steps:
-        raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there"
-                      + (", without --overwrite" if c.overwrite else ""), signals[0] if signals else 15)
+        raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there",
+                      signals[0] if signals else 15)
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
         + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
 

@@ -242,8 +242,8 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor
             optimizer.step()
             bar.update()
             if signals:
-                raise Stopped("stopped: the results so far are kept, and the same command continues at the first that is "
-                              "missing", signals[0])
+                raise Stopped("stopped: the results so far are kept, and the same command continues from there",
+                              signals[0])
     return network
 
 

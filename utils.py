@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -47,6 +48,10 @@ class UsageError(UserError):
     status = 2
 
 
+class CannotWrite(UserError):
+    """The run's folder takes no more; what was saved before is whole."""
+
+
 class Stopped(Exception):
     """The user asked for a stop, and everything is saved; `signum` becomes the exit status 128 + signum."""
 
@@ -68,15 +73,23 @@ def run_script(script: dict, argv: list[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     keep_freed_memory()
+    again = ""  # how "the same command" differs from this one
     try:
-        script["run"](read_constants(script, argv))
+        constants = read_constants(script, argv)
+        again = " (without --overwrite)" if constants.overwrite else ""
+        script["run"](constants)
+        leave_processes()
         return 0
     except Stopped as stop:
-        print(stop)
+        print(f"{stop}{again}")
+        leave_processes()
         return stop.status
     except KeyboardInterrupt:
-        print("stopped at once: what was saved before is whole, and the same command continues from there")
+        print(f"stopped at once: what was saved before is whole, and the same command continues from there{again}")
         return 130
+    except CannotWrite as error:
+        print(f"error: {error}{again}", file=sys.stderr)
+        return error.status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
@@ -84,9 +97,6 @@ def run_script(script: dict, argv: list[str] | None) -> int:
         print(f"error: the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE",
               file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------- constants and flags
@@ -190,8 +200,8 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda" and device.index is None:  # set_device wants a number
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -228,9 +238,11 @@ def keep_freed_memory() -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile pays and works: on a CUDA GPU, with triton and a C compiler."""
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
-            and any(map(shutil.which, ("cc", "gcc", "clang"))))
+    """Whether torch.compile pays and works: on a CUDA GPU that triton knows, with a C compiler and Python's headers."""
+    return (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+            and importlib.util.find_spec("triton") is not None
+            and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
+            and Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").exists())
 
 
 def start_processes() -> tuple[int, int]:
@@ -238,6 +250,12 @@ def start_processes() -> tuple[int, int]:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 may download and decode while the others wait
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def leave_processes() -> None:
+    """End the group, when all processes do. After an error others may still wait for this one: torchrun ends those."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

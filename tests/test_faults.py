@@ -252,7 +252,10 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
     Path("runs").write_text("a file")
     assert train_byol.main(["--dataset", "images", *TINY]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: cannot write runs/byol/.lock") and err.count("\n") == 1
+    assert err.startswith("error: cannot write runs/byol/.lock") and err.endswith("run the same command again\n")
+    assert err.count("\n") == 1
+    assert train_byol.main(["--dataset", "images", *TINY, "--overwrite"]) == 1
+    assert capsys.readouterr().err.endswith("run the same command again (without --overwrite)\n")
 
 
 # ------------------------------------------------------------------------------------------------ torn checkpoints

@@ -140,7 +140,7 @@ def test_a_comparison_is_decided_by_its_seeds(pretrained):
     assert results()["records"] == first
 
 
-def test_an_interrupted_comparison_goes_on_at_the_first_missing_arm(pretrained, monkeypatch):
+def test_an_interrupted_comparison_goes_on_at_the_first_missing_arm(pretrained, monkeypatch, capsys):
     argv = ["--seeds", "0,1"]
     assert compare(*argv) == 0
     whole = results()["records"]
@@ -153,7 +153,9 @@ def test_an_interrupted_comparison_goes_on_at_the_first_missing_arm(pretrained, 
         return tune(*args)
 
     monkeypatch.setattr(train_classifier, "fine_tune", interrupted)
+    capsys.readouterr()
     assert compare("--overwrite", *argv) == 143 and len(results()["records"]) == 2
+    assert "the same command continues from there (without --overwrite)" in capsys.readouterr().out
     assert compare(*argv) == 0 and len(trained) == 5
     assert results()["records"] == whole
 

@@ -1,9 +1,12 @@
 """What both scripts share: constants and flags, randomness, encoders, kNN, files that are whole or absent."""
+import importlib.util
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ import train_classifier
 import runs
 import utils
 from runs import Metrics, run_folder, save_torch, whole_file
-from utils import (UsageError, UserError, build_encoder, check_ranges, extract_features, knn_predict, load_encoder,
+from utils import (UsageError, UserError, build_encoder, can_compile, check_ranges, extract_features, knn_predict, load_encoder,
                    plain_state_dict, read_constants, seeded_generator, seeded_init, select_device, select_precision)
 
 
@@ -120,6 +123,39 @@ def test_a_device_that_is_not_there_is_named():
         with pytest.raises(UserError, match=f"DEVICE '{name}'"):
             select_device(name)
     assert select_device("cpu").type == "cpu"
+
+
+def test_a_gpu_is_chosen_by_its_number(monkeypatch):
+    """As CUDA wants it: its own question for the index is asked, without a GPU."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.cuda._utils._get_device_index(device)))
+    precision = torch.get_float32_matmul_precision()
+    try:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        assert select_device("auto") == select_device("cuda") == torch.device("cuda:0")
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert select_device("auto") == torch.device("cuda:3") and select_device("cuda:1") == torch.device("cuda:1")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert chosen == [0, 0, 3, 1]
+
+
+def test_compilation_needs_its_tools(monkeypatch, tmp_path):
+    cuda = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "clang" else None)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: tmp_path)
+    assert not can_compile(cuda)
+    (tmp_path / "Python.h").touch()
+    assert can_compile(cuda) and not can_compile(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not can_compile(cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not can_compile(cuda)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told")
