@@ -15,11 +15,12 @@ from torch import Tensor, nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's luma
+MIN_AREA = 0.08  # smallest share of an image that a crop shows
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operations of the colour jitter
 JITTER = (0.4, 0.4, 0.2, 0.1)  # their strengths, in that order
-MAX_SIGMA = 2.0  # of the blur, in pixels of the view
-MIN_AREA = 0.08  # smallest share of an image that a crop shows
-BLUR_P = (1.0, 0.1)  # probability of the blur in view 1 and in view 2
+JITTER_P, GRAY_P = 0.8, 0.2  # probabilities of the jitter and of grayscale in either view
+MIN_SIGMA, MAX_SIGMA = 0.1, 2.0  # of the blur, in pixels of the view
+BLUR_P, SOLARIZE_P = (1.0, 0.1), (0.0, 0.2)  # probabilities in view 1 and in view 2
 
 
 # ---------------------------------------------------------------------------------------------------- networks
@@ -118,38 +119,37 @@ class View(NamedTuple):
     solarize: Tensor  # [N] bool
 
 
-def draw_view(n: int, height: int, width: int, generator: torch.Generator, min_area: float, blur_p: float,
-              solarize_p: float) -> View:
-    """Draw the parameters of one view of `n` images of `height` x `width` pixels (BYOL, appendix B)."""
-    def uniform(low, high, *shape):
-        return torch.rand(n, *shape, generator=generator, device=generator.device) * (high - low) + low
-
-    jitter = uniform(0, 1) < 0.8
-    strength = torch.tensor(JITTER, device=generator.device)
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=generator.device)
-    factor = neutral + uniform(-1, 1, 4) * strength * jitter[:, None]
-    order = uniform(0, 1, 4).argsort(dim=1)
-    gray = uniform(0, 1) < 0.2
-    sigma = uniform(0.1, MAX_SIGMA) * (uniform(0, 1) < blur_p)
-    solarize = uniform(0, 1) < solarize_p
-    box, flip = draw_crop(n, height, width, generator, min_area)
-    return View(box, flip, order, factor, gray, sigma, solarize)
+CROP_DRAWS, VIEW_DRAWS = 5, 18  # uniform numbers that a crop and a view take for each image
 
 
-def draw_crop(n: int, height: int, width: int, generator: torch.Generator,
-              min_area: float = MIN_AREA) -> tuple[Tensor, Tensor]:
-    """Boxes [N,4] of random resized crops and flips [N]: area `min_area` to 1, ratio 3/4 to 4/3, log-uniform.
+def view_of(u: Tensor, height: int, width: int, min_area: float, blur_p: float, solarize_p: float) -> View:
+    """The view of images of `height` x `width` pixels that uniform numbers u [N,VIEW_DRAWS] stand for (appendix B)."""
+    crop, order, strength, rest = u.split((CROP_DRAWS, 4, 4, 5), dim=1)
+    jitter, gray, blur, sigma, solarize = rest.unbind(dim=1)
+    neutral = constant((1.0, 1.0, 1.0, 0.0), u)
+    return View(*crop_of(crop, height, width, min_area),
+                order=order.argsort(dim=1),
+                factor=neutral + (2 * strength - 1) * constant(JITTER, u) * (jitter < JITTER_P)[:, None],
+                gray=gray < GRAY_P,
+                sigma=(MIN_SIGMA + sigma * (MAX_SIGMA - MIN_SIGMA)) * (blur < blur_p),
+                solarize=solarize < solarize_p)
 
-    A side that would leave the image is clamped to it.
+
+def crop_of(u: Tensor, height: int, width: int, min_area: float) -> tuple[Tensor, Tensor]:
+    """Boxes [N,4] of random resized crops, and flips [N], that uniform numbers u [N,CROP_DRAWS] stand for.
+
+    Area `min_area` to 1, ratio 3/4 to 4/3, log-uniform. A side that would leave the image is clamped to it.
     """
-    u = torch.rand(n, 5, generator=generator, device=generator.device)
-    area = (min_area + u[:, 0] * (1 - min_area)) * height * width
-    ratio = torch.exp((u[:, 1] * 2 - 1) * math.log(4 / 3))  # width over height
-    h = (area / ratio).sqrt().round().clamp(1, height)
-    w = (area * ratio).sqrt().round().clamp(1, width)
-    top = (u[:, 2] * (height - h + 1)).floor().clamp(max=height - 1)
-    left = (u[:, 3] * (width - w + 1)).floor().clamp(max=width - 1)
-    return torch.stack([top, left, h, w], dim=1), u[:, 4] < 0.5
+    area, ratio, top, left, flip = u.unbind(dim=1)
+    area = (min_area + area * (1 - min_area)) * height * width
+    ratio = torch.pow(4 / 3, 2 * ratio - 1)  # width over height
+    # Square roots as 1 / sqrt(1 / x): torch's sqrt and exp (not its rsqrt and pow) wake all threads of a CPU even for a few
+    # hundred numbers, and wait for them where other processes keep the cores busy.
+    h = torch.rsqrt(ratio / area).round().clamp(1, height)
+    w = torch.rsqrt(1 / (ratio * area)).round().clamp(1, width)
+    top = (top * (height - h + 1)).floor().clamp(max=height - 1)
+    left = (left * (width - w + 1)).floor().clamp(max=width - 1)
+    return torch.stack([top, left, h, w], dim=1), flip < 0.5
 
 
 def render(images: Tensor, view: View, size: int) -> Tensor:
@@ -162,21 +162,25 @@ def render(images: Tensor, view: View, size: int) -> Tensor:
     return normalize(x)
 
 
+def render_views(images: Tensor, draws: Tensor, size: int, min_area: float,
+                 blur_p: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The two views that uniform numbers [2,N,VIEW_DRAWS] stand for."""
+    height, width = images.shape[-2:]
+    return tuple(render(images, view_of(u, height, width, min_area, blur, solarize), size)
+                 for u, blur, solarize in zip(draws, blur_p, SOLARIZE_P))
+
+
 def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = MIN_AREA,
-              blur_p: tuple[float, float] = BLUR_P,
-              render: Callable[[Tensor, View, int], Tensor] = render) -> tuple[Tensor, Tensor]:
+              blur_p: tuple[float, float] = BLUR_P, render_views: Callable = render_views) -> tuple[Tensor, Tensor]:
     """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
 
-    Every image draws its own parameters. They are drawn on the generator's device, so a CPU generator draws the
-    same ones for any device; the work on the pixels is done where the images are (on CUDA in TF32).
+    Every image draws its own parameters. Uniform numbers for both views are drawn on the CPU and go to the images' device
+    in one copy; all else is done there (on CUDA in TF32).
     min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
-    render: `render` or a compiled form of it.
+    render_views: the function of that name, or a compiled form of it.
     """
-    n, _, height, width = images.shape
-    views = (draw_view(n, height, width, generator, min_area, blur_p=blur_p[0], solarize_p=0.0),
-             draw_view(n, height, width, generator, min_area, blur_p=blur_p[1], solarize_p=0.2))
-    views = (View(*(send(field, images.device) for field in view)) for view in views)
-    return tuple(render(images, view, size) for view in views)
+    draws = send(torch.rand(2, len(images), VIEW_DRAWS, generator=generator), images.device)
+    return render_views(images, draws, size, min_area, blur_p)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -194,13 +198,18 @@ def per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def constant(values: tuple[float, ...], x: Tensor) -> Tensor:
-    """The values on x's device, in a copy that no host waits for (as torch.tensor(..., device="cuda") would)."""
-    return send(torch.tensor(values), x.device)
+    """The values on x's device, made there: torch.tensor(..., device="cuda") would make the host wait for a copy."""
+    return torch.cat([x.new_full((1,), value) for value in values])
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for, on CUDA, which sets the source aside first; MPS may read it when it is gone."""
-    return x.to(device, non_blocking=device.type == "cuda")
+    """x on `device`; the host does not wait for a copy to CUDA, which goes through pinned memory.
+
+    It does for MPS, which may read the source when it is gone.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def crop_resize(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
@@ -251,12 +260,13 @@ def color_jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
 
 def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) -> Tensor:
     """image * x + gray * luma(x) + mean * (mean luma of x), with weights [N]: an affine map of the colours."""
-    luma = constant(GRAY_WEIGHTS, x)
-    matrix = torch.diag_embed(image[:, None].expand(-1, 3)) + gray.view(-1, 1, 1) * luma  # [N,3,3]
-    offset = torch.zeros_like(x[:, :, :1, 0])                                             # [N,3,1]
+    r, g, b = GRAY_WEIGHTS
+    luma = (r * x[:, :1]).add_(x[:, 1:2], alpha=g).add_(x[:, 2:], alpha=b)  # [N,1,H,W]
+    image, gray = image.view(-1, 1, 1, 1), gray.view(-1, 1, 1, 1)
+    offset = gray * luma
     if mean is not None:
-        offset = offset + (mean * (x.mean(dim=(2, 3)) @ luma)).view(-1, 1, 1)
-    return torch.baddbmm(offset, matrix, x.flatten(2)).view_as(x)
+        offset += mean.view(-1, 1, 1, 1) * luma.mean(dim=(2, 3), keepdim=True)
+    return torch.addcmul(offset, image, x)
 
 
 def can_ask(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torchvision.datasets import STL10
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as tv
 
+from byol import send
 from runs import write_json
 from utils import UserError, one_line, progress, seeded_generator
 
@@ -307,7 +308,25 @@ def place(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def fetch(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    """The images `index`, on `device`. A copy from the host to a GPU goes through pinned memory and is not awaited."""
-    if pixels.device.type == "cpu" and device.type == "cuda":
-        return pixels[index].pin_memory().to(device, non_blocking=True)
-    return pixels[index.to(pixels.device, non_blocking=True)].to(device)
+    """The images `index`, on `device`, without waiting for a GPU."""
+    index = send(index, pixels.device)
+    if pixels.is_contiguous():
+        return send(pixels.index_select(0, index), device)
+    # STL-10's columns: as they are stored, torch copies whole images, five times as fast as pixel by pixel.
+    return send(pixels.transpose(2, 3).index_select(0, index).transpose(2, 3), device)
+
+
+def batches(pixels: Tensor, indices: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The images of each index, on `device`. Those that come from the host to a GPU are gathered ahead, by a thread of
+    their own, while the step before them runs."""
+    if pixels.device.type == device.type:
+        yield from (fetch(pixels, index, device) for index in indices)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for index in indices:
+            ahead, ready = pool.submit(fetch, pixels, index, device), ahead
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()

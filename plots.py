@@ -36,18 +36,17 @@ def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None
     save_figure(figure, path)
 
 
-def plot_curves(path: Path, rows: list[dict[str, str]], c: SimpleNamespace) -> None:
-    """Loss, spread of the embeddings and kNN accuracy against epochs, from the rows of metrics.csv."""
-    def column(name):
-        return np.array([float(row[name] or "nan") for row in rows])
-
-    epoch = column("epoch")
+def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace) -> None:
+    """Loss, spread of the embeddings and kNN accuracy against epochs, from the columns of metrics.csv."""
+    column = {name: np.array(numbers) for name, numbers in columns.items()}
+    epoch = column["epoch"]
     panels = [("loss", "loss (0 to 8)"), ("spread", "spread of the embeddings"), ("knn", "kNN accuracy (%)")]
-    panels = [panel for panel in panels if not np.isnan(column(panel[0])).all()]
+    panels = [panel for panel in panels if not np.isnan(column[panel[0]]).all()]
     figure = Figure(figsize=(3.2 * len(panels), 2.9), layout="constrained")
     for axis, (name, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
-        known = ~np.isnan(column(name))
-        axis.plot(epoch[known], column(name)[known], color=BLUE, marker="o" if known.sum() < 30 else None, ms=3)
+        known = np.flatnonzero(~np.isnan(column[name]))
+        known = known[::1 + len(known) // 2000]  # more points than the figure has pixels take seconds to draw
+        axis.plot(epoch[known], column[name][known], color=BLUE, marker="o" if len(known) < 30 else None, ms=3)
         axis.set(xlabel="epoch", ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
         if name == "spread":

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -145,21 +146,31 @@ def read_checkpoint(folder: Path) -> dict | None:
 
 
 class Metrics:
-    """metrics.csv: a row per log interval, appended to; continuing a run cuts it back to the checkpoint's step."""
+    """metrics.csv: a row per log interval, appended to; continuing a run cuts it back to the checkpoint's step.
 
-    def __init__(self, path: Path, columns: list[str], step: int):
-        self.path, self.columns = path, columns
-        rows = [row for row in self.rows() if int(row["step"]) <= step] if step > 0 and path.exists() else []
+    columns: of each name, the numbers so far, nan where there is none. They stay in memory, for a long run's file takes
+    seconds to read.
+    """
+
+    def __init__(self, path: Path, names: list[str], step: int):
+        self.path, self.columns = path, {name: [] for name in names}
+        rows = []
+        if step > 0 and path.exists():
+            whole_lines, _, _ = path.read_text().rpartition("\n")  # a killed process may leave half a row
+            rows = [row for row in csv.DictReader(whole_lines.splitlines()) if int(row["step"]) <= step]
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         with whole_file(path) as file:
             file.write(text.getvalue().encode())
+        for row in rows:
+            self.remember(row)
 
-    def rows(self) -> list[dict[str, str]]:
-        whole_lines, _, _ = self.path.read_text().rpartition("\n")  # a killed process may leave half a row
-        return list(csv.DictReader(whole_lines.splitlines()))
+    def remember(self, row: dict[str, float | str]) -> None:
+        for name, numbers in self.columns.items():
+            value = row.get(name, "")
+            numbers.append(math.nan if value == "" else float(value))
 
     def append(self, **row: float | str) -> None:
         try:
@@ -167,6 +178,7 @@ class Metrics:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        self.remember(row)
 
     def flush(self) -> None:
         """Bring the rows to the disk, so that no checkpoint is ever ahead of them."""

@@ -14,21 +14,22 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from byol import BYOL, learning_rate, render, target_decay, two_views
-from data import Split, fetch, load_split, place
+from byol import VIEW_DRAWS, BYOL, learning_rate, render_views, send, target_decay, two_views
+from data import Split, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import (Metrics, clear_run, only_writer, read_checkpoint, read_json, run_folder, same_constants,
                   save_checkpoint, save_torch, stop_signals, write_json)
 from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
-                   can_compile, check_choice, check_ranges, constants_of, environment, extract_features, flag, knn_predict,
-                   plain_state_dict, progress, rank_0_first, run_script, seeded_generator, seeded_init, select_device,
-                   select_precision, set_rate, start_processes)
+                   can_compile, check_choice, check_ranges, choose_threads, constants_of, environment,
+                   extract_features, flag, knn_predict, plain_state_dict, progress, rank_0_first, run_script,
+                   seeded_generator, seeded_init, select_device, select_precision, set_rate, start_processes)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
@@ -67,19 +68,18 @@ MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is
 def run(c: SimpleNamespace) -> None:
     """Pretrain with the constants `c`; each run's folder has one writer."""
     check_constants(c)
-    rank, world = start_processes()
+    device = select_device(c.DEVICE)
+    rank, world = start_processes(device)
     if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
         raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} does not give each of the {world} processes the same number of images, "
                          "at least 2")
     folder = run_folder(c.RUN)
     with only_writer(folder) if rank == 0 else contextlib.nullcontext():
-        pretrain(c, folder, rank, world)
+        pretrain(c, folder, device, rank, world)
 
 
-def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
+def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, world: int) -> None:
     """Train from the last checkpoint where there is one, and fill the run's folder."""
-    device = select_device(c.DEVICE)
-    precision = select_precision(c.PRECISION, device)
     config = folder / "config.json"
     state = None if c.overwrite else read_checkpoint(folder)
     if state:
@@ -90,8 +90,16 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
 
+    if state and state.get("draws") != VIEW_DRAWS:
+        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: finish "
+                        "it with that version, or use --overwrite to start anew")
+    # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
+    precision = getattr(torch, state["precision"]) if state else select_precision(c.PRECISION, device)
+    threads = choose_threads(device, state["threads"] if state else None)
+
     images, train = load_images(c)
     images = place(images, device)
+    train = train and train._replace(pixels=place(train.pixels, device))
     steps_per_epoch = len(images) // c.BATCH_SIZE  # the remainder is dropped
     if steps_per_epoch == 0:
         raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(images)} images: lower it")
@@ -117,11 +125,12 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
 
     say(f"BYOL: {len(images):,} images, {c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} epochs of "
         f"{steps_per_epoch} steps, on {device} in {str(precision).removeprefix('torch.')}"
+        + (f" with {threads}" if device.type == "cpu" else "")
         + (f", from step {step} of {total_steps}" if step else ""))
-    draw = render
+    draw = render_views
     if can_compile(device) and total_steps - step >= MIN_STEPS_TO_COMPILE:
         say("compiling for this GPU: the first step takes a minute or two")
-        draw = torch.compile(render)
+        draw = torch.compile(render_views)
         if network is model:  # SyncBatchNorm cannot be traced
             network = torch.compile(network)
     if rank == 0:
@@ -141,7 +150,6 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
     pending = []  # losses still on the device: reading one makes the host wait
     logged = saved = plotted = told = time.monotonic()
     warned = False
-    order = None
 
     def read_losses() -> None:
         losses.extend(torch.stack(pending).tolist() if pending else [])
@@ -164,18 +172,17 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
             metrics.flush()
             save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                      "total_steps": total_steps, "losses": losses, "images": len(images),
-                                     "world_size": world, "constants": constants_of(c)})
+                                     "draws": VIEW_DRAWS, "precision": str(precision).removeprefix("torch."),
+                                     "threads": torch.get_num_threads(), "world_size": world,
+                                     "constants": constants_of(c)})
 
     with stop_signals() as signals, progress(total=total_steps * c.BATCH_SIZE, initial=step * c.BATCH_SIZE,
                                              unit="image", unit_scale=True) as bar:
         first = step  # of the steps since `logged`
-        while step < total_steps:
-            epoch, batch = divmod(step, steps_per_epoch)
-            if order is None or batch == 0:
-                order = epoch_order(c.SEED, epoch, len(images))
-            index = order[batch * c.BATCH_SIZE:(batch + 1) * c.BATCH_SIZE][rank::world]
-            views = two_views(fetch(images, index, device), c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank),
-                              c.CROP_AREA, c.BLUR_P, draw)
+        indices = batch_indices(c.SEED, len(images), c.BATCH_SIZE, step, total_steps, rank, world)
+        for batch in batches(images, indices, device):
+            views = two_views(batch, c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank), c.CROP_AREA,
+                              c.BLUR_P, draw)
             rate = learning_rate(step, total_steps, warmup_steps, peak)
             tau = target_decay(step, total_steps, c.BASE_DECAY)
             pending.append(train_step(network, model, optimizer, views, rate, tau, precision))
@@ -204,7 +211,7 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
                     say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f} where "
                         f"{c.PROJECTION_DIM ** -0.5:.3f} is healthy; lower LEARNING_RATE or raise BASE_DECAY")
                 if rank == 0 and time.monotonic() - plotted > 60:
-                    plot_curves(folder / "curves.png", metrics.rows(), c)
+                    plot_curves(folder / "curves.png", metrics.columns, c)
                     plotted = time.monotonic()
                 first, logged = step, time.monotonic()
             if step < total_steps and time.monotonic() - saved > c.CHECKPOINT_MINUTES * 60:
@@ -216,7 +223,7 @@ def pretrain(c: SimpleNamespace, folder: Path, rank: int, world: int) -> None:
         check_health()
         if rank == 0 and step == total_steps:  # before the last checkpoint, which says that the run is finished
             save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))
-            plot_curves(folder / "curves.png", metrics.rows(), c)
+            plot_curves(folder / "curves.png", metrics.columns, c)
         save()
     if step < total_steps:
         raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there",
@@ -256,6 +263,17 @@ def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
     return torch.randperm(n, generator=seeded_generator(seed, "order", epoch))
 
 
+def batch_indices(seed: int, n: int, batch_size: int, first_step: int, total_steps: int, rank: int = 0,
+                  world: int = 1) -> Iterator[Tensor]:
+    """For each step from `first_step` on, the indices of this process's share of its batch, of `n` images."""
+    steps_per_epoch, order = n // batch_size, None  # the remainder is dropped
+    for step in range(first_step, total_steps):
+        epoch, batch = divmod(step, steps_per_epoch)
+        if order is None or batch == 0:
+            order = epoch_order(seed, epoch, n)
+        yield order[batch * batch_size:(batch + 1) * batch_size][rank::world]
+
+
 def build_model(c: SimpleNamespace) -> BYOL:
     encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
     with seeded_init(c.SEED, "heads"):
@@ -268,7 +286,9 @@ def distribute(model: BYOL, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU those of rank 0 are the ones that are kept.
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                               broadcast_buffers=False)
 
 
 def load_images(c: SimpleNamespace) -> tuple[Tensor, Split | None]:
@@ -285,8 +305,8 @@ def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, p
     """kNN accuracy in percent, from 80% of the labelled training images to the other 20%; no test image is seen."""
     order = torch.randperm(len(train.labels), generator=seeded_generator(seed, "monitor"))
     features = extract_features(encoder, train.pixels, device, precision)
-    bank, held_out = order.to(device).tensor_split([int(0.8 * len(order))])
-    labels = train.labels.to(device)
+    bank, held_out = send(order, device).tensor_split([int(0.8 * len(order))])
+    labels = send(train.labels, device)
     return accuracy(knn_predict(features[bank], labels[bank], features[held_out], len(train.classes)), labels[held_out])
 
 

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol import crop_resize, draw_crop, learning_rate, normalize
+from byol import CROP_DRAWS, crop_of, crop_resize, learning_rate, normalize, send
 from data import Split, fetch, load_folds, load_split, place
 from plots import plot_comparison, plot_label_efficiency, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
-                   check_choice, check_ranges, constants_of, environment, extract_features, flag, knn_predict,
-                   load_encoder, plain_state_dict, progress, read_weights, run_script, seeded_generator, seeded_init,
-                   select_device, select_precision, set_rate)
+                   check_choice, check_ranges, choose_threads, constants_of, environment, extract_features, flag,
+                   knn_predict, load_encoder, plain_state_dict, progress, read_weights, run_script, seeded_generator,
+                   seeded_init, select_device, select_precision, set_rate)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared; results go there too
@@ -76,6 +76,7 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
     """Train what is missing of every seed, arm and budget; leaves the table, results.json, classifier.pt, figures."""
     device = select_device(c.DEVICE)
     precision = select_precision(c.PRECISION, device)
+    threads = choose_threads(device)
     train, test = (load_split(c.DATASET, split, c.DATA_ROOT, c.IMAGE_SIZE) for split in ("train", "test"))
     for name, split in (("train", train), ("test", test)):
         if split is None:
@@ -100,7 +101,7 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
 
     print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
           f"classes\n{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in "
-          f"{str(precision).removeprefix('torch.')}", flush=True)
+          f"{str(precision).removeprefix('torch.')}" + (f" with {threads}" if device.type == "cpu" else ""), flush=True)
 
     with stop_signals() as signals:
         for seed in c.SEEDS:
@@ -223,7 +224,6 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor
     steps_per_pass, size = len(subset) // batch_size, train.pixels.shape[-1]
     peak = c.LEARNING_RATE * batch_size / 256
     optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
-    labels = train.labels.to(device)
     with progress(total=total_steps, desc=title, unit="step") as bar:
         for step in range(total_steps):
             epoch, batch = divmod(step, steps_per_pass)
@@ -231,14 +231,14 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor
                 order = subset[torch.randperm(len(subset), generator=seeded_generator(seed, "fine-tuning order", epoch))]
             index = order[batch * batch_size:(batch + 1) * batch_size]
             images = fetch(train.pixels, index, device)
-            generator = seeded_generator(seed, "fine-tuning crops", step)
-            box, flipped = (field.to(device) for field in draw_crop(batch_size, size, size, generator, c.CROP_AREA))
+            draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
+            box, flipped = crop_of(send(draws, device), size, size, c.CROP_AREA)
             x = normalize(crop_resize(images, box, flipped, size)).contiguous(memory_format=torch.channels_last)
             set_rate(optimizer, learning_rate(step, total_steps, warmup_steps, peak))
             with autocast(device, precision):
                 scores = network(x)
             optimizer.zero_grad()
-            F.cross_entropy(scores.float(), labels[index.to(device)]).backward()
+            F.cross_entropy(scores.float(), send(train.labels[index], device)).backward()
             optimizer.step()
             bar.update()
             if signals:

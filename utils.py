@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import time
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -206,6 +207,7 @@ def select_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32, where fp32 remains
+            torch.backends.cudnn.benchmark = True  # look for the fastest convolutions: all batches are alike
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DEVICE {name!r} cannot be used here ({one_line(error)[:80]}): "
                         "set DEVICE to 'auto' or 'cpu'") from error
@@ -228,6 +230,45 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
+def choose_threads(device: torch.device, begun_with: int | None = None) -> str:
+    """Give torch as many CPU threads as cores are free; returns their number and what decided it, in words.
+
+    Threads wait for each other after every operation, so one that has to share its core holds up all the others.
+    OMP_NUM_THREADS is the user's word and stays. begun_with: the number of the run that is continued, which its last
+    digits depend on; None for a new one.
+    """
+    most = threads = torch.get_num_threads()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(most, begun_with or free_cores())
+        torch.set_num_threads(threads)
+    why = "as the run was begun" if begun_with else "the other cores are busy"
+    return (f"{threads} thread{'s' if threads > 1 else ''}"
+            + (f" of {most}: {why} (OMP_NUM_THREADS=N sets N)" if threads != most else ""))
+
+
+def free_cores(seconds: float = 0.3) -> int:
+    """How many of the cores that this process may use are idle or at work for lower priorities, at least 1.
+
+    Counted over some tenths of a second, during which this process sleeps, and only on Linux; elsewhere all of them. The
+    load average would still show a run that ended a minute ago.
+    """
+    if not Path("/proc/stat").exists():
+        return os.cpu_count()
+    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+
+    def free_ticks() -> int:
+        cores = (line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu"))
+        return sum(int(nice) + int(idle) + int(waiting) for name, _, nice, _, idle, waiting, *_ in cores if name in mine)
+
+    before, start = free_ticks(), time.monotonic()
+    time.sleep(seconds)
+    free = (free_ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
+    with contextlib.suppress(OSError, ValueError):  # a container's share: "200000 100000" is two cores, "max 100000" all
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        free = min(free, int(quota) / int(period))
+    return max(1, round(free))
+
+
 def keep_freed_memory() -> None:
     """Let glibc reuse the memory of freed tensors. It would hand large blocks back to the kernel, which clears each page
     anew: 37,000 pages a step of 64 images at 48 px, a tenth of its time on a CPU. Nothing happens on other systems."""
@@ -245,10 +286,12 @@ def can_compile(device: torch.device) -> bool:
             and Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").exists())
 
 
-def start_processes() -> tuple[int, int]:
+def start_processes(device: torch.device) -> tuple[int, int]:
     """Rank and number of processes; under torchrun they join one group, alone this is 0 and 1."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 may download and decode while the others wait
+        on_gpu = device.type == "cuda"  # left to itself, torch takes NCCL for any run where it sees a GPU
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                timeout=timedelta(hours=2))  # rank 0 may download and decode while the others wait
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

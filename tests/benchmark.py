@@ -5,6 +5,8 @@ Prints images/s and the share of the floor, measured in turns by one process:
     whole step        what train_byol.py does for each batch: gather, two views, train_step
     augmentation      the two views alone, images already on the device
     common pipeline   torchvision's transforms image by image in DataLoader workers, fp32, contiguous memory
+    host              milliseconds a batch that Python needs before a GPU can begin: the views' draws, gathering the images
+                      where they stay on the host, and handing both over (0 without a GPU)
 Peak memory: of each row on CUDA, of the process on a CPU (data and loader workers apart). ResNet18 from random weights
 with the paper's heads. Images are noise, or those of --images FOLDER, which the common pipeline decodes as it goes.
 """
@@ -26,9 +28,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, render, two_views  # noqa: E402
+from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, VIEW_DRAWS, render_views, send, two_views  # noqa: E402
 from data import cached_pixels, fetch, image_files, place  # noqa: E402
-from train_byol import epoch_order, train_step  # noqa: E402
+from train_byol import batch_indices, train_step  # noqa: E402
 from utils import (build_encoder, build_optimizer, can_compile, hardware_name, keep_freed_memory,  # noqa: E402
                    seeded_generator, seeded_init, select_device, select_precision)
 
@@ -75,7 +77,7 @@ def main() -> None:
                                generator=seeded_generator(0, "noise"))
     compiled = can_compile(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds, memory = {}, {}
+    seconds, memory, host = {}, {}, {}
 
     def timed(row, count):
         """Seconds a batch."""
@@ -109,14 +111,13 @@ def main() -> None:
 
     def measure_ours():
         placed, step = place(pixels, device), itertools.count()
-        draw = torch.compile(render) if compiled else render
+        draw = torch.compile(render_views) if compiled else render_views
         model, optimizer = build(torch.channels_last)
         network = torch.compile(model) if compiled else model
-        order = itertools.chain.from_iterable(
-            epoch_order(0, epoch, len(pixels)).split(batch_size)[:len(pixels) // batch_size] for epoch in itertools.count())
+        order = batch_indices(0, len(pixels), batch_size, 0, sys.maxsize)
 
         def views_of(images):
-            return two_views(images, size, seeded_generator(0, "views", next(step)), render=draw)
+            return two_views(images, size, seeded_generator(0, "views", next(step)), render_views=draw)
 
         def train(views):
             train_step(network, model, optimizer, views, 0.01, 0.99, precision)
@@ -126,6 +127,23 @@ def main() -> None:
         measure({"floor": lambda: train(views),
                  "whole step": lambda: train(views_of(fetch(placed, next(order), device))),
                  "augmentation": lambda: views_of(images)})
+        measure_host(order)
+
+    def measure_host(order):
+        """Each part's median, without waiting for what it leaves to the GPU."""
+        cpu, taken = torch.device("cpu"), {"draws": [], "gather": [], "copies": []}
+        for step in range(200):
+            start = time.perf_counter()
+            draws = torch.rand(2, batch_size, VIEW_DRAWS, generator=seeded_generator(0, "views", step))
+            drawn = time.perf_counter()
+            images = fetch(pixels, next(order), cpu)
+            gathered = time.perf_counter()
+            send(draws, device), send(images, device)
+            copied = time.perf_counter()
+            wait()
+            for part, duration in zip(taken, (drawn - start, gathered - drawn, copied - gathered)):
+                taken[part].append(1000 * duration)
+        host.update({part: statistics.median(durations) for part, durations in taken.items()})
 
     def measure_common():
         model, optimizer = build(torch.contiguous_format)
@@ -152,6 +170,8 @@ def main() -> None:
     for name in ("floor", "whole step", "augmentation", "common pipeline"):
         share = seconds["floor"] / seconds[name]
         print(f"{name:<15} {batch_size / seconds[name]:9.1f} images/s   {share:.2f}{memory[name]}")
+    print(f"host            {sum(host.values()):9.2f} ms a batch     "
+          + ", ".join(f"{part} {duration:.2f}" for part, duration in host.items()))
     if device.type != "cuda":
         print(f"\npeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 

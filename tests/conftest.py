@@ -1,4 +1,9 @@
-"""Shared by the tests: the scripts are imported from the repository, and every test runs in a folder of its own."""
+"""Shared by the tests: the scripts are imported from the repository, and every test runs in a folder of its own.
+
+No result depends on the machine: tests state device and precision. Where one forgets, TEST_BF16 shows it: with 0 or 1
+`auto` finds a CPU without or with bf16, in every process that imports this file, so that the tests run as on either kind.
+"""
+import os
 import sys
 from pathlib import Path
 
@@ -8,14 +13,28 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils  # noqa: E402
 from utils import seeded_init  # noqa: E402
+
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # unset, each run would look for idle cores
+
+TEST_BF16, has_native_bf16 = os.environ.get("TEST_BF16"), utils.has_native_bf16
+if TEST_BF16 is not None:
+    if TEST_BF16 not in ("0", "1"):
+        raise ValueError(f"TEST_BF16 is {TEST_BF16!r}: it must be 0 or 1, or not be set")
+    utils.has_native_bf16 = lambda device: TEST_BF16 == "1" if device.type == "cpu" else has_native_bf16(device)
+
+HAS_GPU = torch.cuda.is_available() and torch.cuda.device_count() > 0  # a stand-in may replace the first
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Runs and caches land in a temporary folder, and no test starts from another's random state."""
+    """Runs and caches land in a temporary folder, and no test starts from another's random state or settings."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # what a run on a GPU changes
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # comparisons on a GPU mean fp32
     return tmp_path
 
 
@@ -24,7 +43,7 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
+@pytest.fixture(params=["cpu"] + ["cuda"] * HAS_GPU)
 def device(request):
     return torch.device(request.param)
 

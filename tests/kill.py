@@ -36,8 +36,9 @@ def kill_often(command: list[str], folder: Path, moments: list[str], seconds: fl
     AssertionError where a killed run ends otherwise than the whole one."""
     rng = random.Random(0)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user's shell
+    environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # runs are equal bit for bit at equally many threads
     counts = dict(killed=0, starting=0, training=0, writing=0, continued=0, runs=0)
-    subprocess.run([*command, "--run", "whole"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--run", "whole"], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=environment)
     while True:
         run = folder / "runs" / f"killed-{counts['runs']}"
         writing = run / "checkpoint.next.pt.tmp"

@@ -2,6 +2,9 @@
 import copy
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,7 +243,7 @@ def to_uint_scale(difference):
 @pytest.mark.parametrize("height, width, size", [(40, 40, 24), (40, 56, 32), (24, 24, 48)])
 def test_crop_is_torchvisions_antialiased_bicubic(device, generator, height, width, size):
     images = photographs(40, height, width)
-    box, flip = byol.draw_crop(40, height, width, generator)
+    box, flip = byol.crop_of(torch.rand(40, byol.CROP_DRAWS, generator=generator), height, width, 0.08)
     ours = byol.crop_resize(images.to(device), box.to(device), flip.to(device), size).cpu()
     assert ours.shape == (40, 3, size, size)
     for image, (top, left, h, w), flipped, mine in zip(images, box.int().tolist(), flip, ours):
@@ -259,7 +262,7 @@ def test_crop_never_reads_beyond_its_box(device):
 
 
 def test_crop_boxes_follow_the_paper(generator):
-    box, flip = byol.draw_crop(20_000, 64, 64, generator)
+    box, flip = byol.crop_of(torch.rand(20_000, byol.CROP_DRAWS, generator=generator), 64, 64, 0.08)
     top, left, h, w = box.unbind(1)
     assert (box == box.round()).all() and (top >= 0).all() and (left >= 0).all()
     assert (top + h <= 64).all() and (left + w <= 64).all()
@@ -340,7 +343,7 @@ def test_normalize_is_torchvisions(device):
 
 def test_render_applies_everything_in_the_papers_order(generator):
     images = photographs(64)
-    view = byol.draw_view(64, 40, 40, generator, 0.08, blur_p=0.5, solarize_p=0.5)
+    view = byol.view_of(torch.rand(64, byol.VIEW_DRAWS, generator=generator), 40, 40, 0.08, blur_p=0.5, solarize_p=0.5)
     ours = byol.render(images, view, 40)
     for i, image in enumerate(images):
         top, left, h, w = view.box[i].int().tolist()
@@ -364,7 +367,7 @@ def test_rates_lie_inside_binomial_bounds(generator):
 
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
     for blur_p, solarize_p in ((1.0, 0.0), (0.1, 0.2)):
-        view = byol.draw_view(n, 64, 64, generator, 0.08, blur_p, solarize_p)
+        view = byol.view_of(torch.rand(n, byol.VIEW_DRAWS, generator=generator), 64, 64, 0.08, blur_p, solarize_p)
         rate(view.flip, 0.5)
         rate((view.factor != neutral).any(dim=1), 0.8)
         rate(view.gray, 0.2)
@@ -381,13 +384,43 @@ def test_rates_lie_inside_binomial_bounds(generator):
 
 
 def test_two_views_use_the_papers_rates(monkeypatch, generator):
-    seen, areas, draw, crop = [], [], byol.draw_view, byol.draw_crop
-    monkeypatch.setattr(byol, "draw_view", lambda *a, **k: seen.append(k) or draw(*a, **k))
-    monkeypatch.setattr(byol, "draw_crop", lambda *a: areas.append(a[4]) or crop(*a))
+    seen, view_of = [], byol.view_of
+    monkeypatch.setattr(byol, "view_of", lambda u, *parameters: seen.append(parameters) or view_of(u, *parameters))
     byol.two_views(photographs(), 24, generator)
-    assert seen == [{"blur_p": 1.0, "solarize_p": 0.0}, {"blur_p": 0.1, "solarize_p": 0.2}] and areas == [0.08, 0.08]
+    assert seen == [(40, 40, 0.08, 1.0, 0.0), (40, 40, 0.08, 0.1, 0.2)], "height, width, area, blur, solarize"
     byol.two_views(photographs(), 24, generator, min_area=0.5, blur_p=(0.3, 0.0))
-    assert seen[2:] == [{"blur_p": 0.3, "solarize_p": 0.0}, {"blur_p": 0.0, "solarize_p": 0.2}] and areas[2:] == [0.5, 0.5]
+    assert seen[2:] == [(40, 40, 0.5, 0.3, 0.0), (40, 40, 0.5, 0.0, 0.2)]
+
+
+def test_each_number_that_is_drawn_decides_one_thing(generator):
+    """So crop, flip, jitter, order, grayscale, blur and solarize are independent of each other."""
+    draws = torch.rand(500, byol.VIEW_DRAWS, generator=generator)
+
+    def fields(u):
+        return byol.view_of(u, 64, 64, 0.08, 0.5, 0.5)._asdict()
+
+    before, changed = fields(draws), []
+    for column in range(byol.VIEW_DRAWS):
+        other = draws.clone()
+        other[:, column] = torch.rand(500, generator=generator)
+        changed += [[name for name, value in fields(other).items() if not torch.equal(value, before[name])]]
+    assert changed == [[name] for name in 4 * ["box"] + ["flip"] + 4 * ["order"] + 5 * ["factor"]
+                       + ["gray", "sigma", "sigma", "solarize"]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_a_few_numbers_wake_no_threads():
+    """exp and sqrt of torch would; beside busy processes their threads wait for each other, a hundred times as long."""
+    script = """
+import os, torch, byol
+torch.set_num_threads(2)
+draws, before = torch.rand(1000, byol.VIEW_DRAWS), len(os.listdir("/proc/self/task"))
+byol.view_of(draws, 96, 96, 0.08, 1.0, 0.2)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(byol.__file__).parent, capture_output=True, text=True,
+                          check=True)
+    assert done.stdout == "0\n"
 
 
 def test_copies_of_one_image_differ(device, generator):

@@ -1,5 +1,6 @@
 """Datasets: STL-10's own format, folders of images of every kind, the cache, the patterns."""
 import os
+import threading
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 import data
-from data import PATTERNS, decode_image, fetch, load_folds, load_split, map_pixels, place
+from data import PATTERNS, batches, decode_image, fetch, load_folds, load_split, map_pixels, place
 from utils import UserError, seeded_generator
 
 
@@ -259,9 +260,46 @@ def test_fetch_takes_the_images_asked_for(device, tmp_path):
     images = write_stl10(tmp_path)["unlabeled"]
     pixels = load_split("stl10", "unlabeled", str(tmp_path), 96).pixels
     index = torch.tensor([7, 3, 29])
-    for array in (pixels, place(pixels, device)):
+    for array in (pixels, pixels.contiguous(), place(pixels, device)):
         batch = fetch(array, index, device)
         assert batch.device.type == device.type and np.array_equal(batch.cpu().numpy(), images[index.numpy()])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_batches_come_in_order_and_are_gathered_ahead_for_another_device_alone(kind, monkeypatch):
+    """`meta` stands in for a GPU."""
+    gathered, threads, pixels = [], set(), torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2)
+
+    def recorded(pixels, index, device):
+        gathered.append(index.tolist())
+        threads.add(threading.current_thread())
+        return fetch(pixels, index, torch.device("cpu"))
+
+    monkeypatch.setattr(data, "fetch", recorded)
+    indices = [torch.tensor([k, 9 - k]) for k in range(5)]
+    found = []
+    for batch in batches(pixels, iter(indices), torch.device(kind)):
+        found.append(batch)
+        if kind == "cpu":
+            assert len(gathered) == len(found) and threads == {threading.current_thread()}
+        else:
+            assert threading.current_thread() not in threads
+    assert gathered == [index.tolist() for index in indices]
+    assert all(torch.equal(batch, pixels[index]) for batch, index in zip(found, indices, strict=True))
+    assert list(batches(pixels, iter([]), torch.device(kind))) == []
+
+
+def test_a_batch_is_gathered_while_the_step_before_it_runs(monkeypatch):
+    """The step waits until the next batch is there, which it would do for ever if that were gathered after it."""
+    gathered = [threading.Event() for _ in range(3)]
+
+    def recorded(pixels, index, device):
+        gathered[index].set()
+        return index
+
+    monkeypatch.setattr(data, "fetch", recorded)
+    for step in batches(torch.empty(0), iter(range(3)), torch.device("meta")):
+        assert step == 2 or gathered[step + 1].wait(timeout=60)
 
 
 def test_mapping_an_array_warns_of_nothing(tmp_path):

@@ -201,7 +201,7 @@ def test_a_config_that_is_not_ours(finished, capsys):
     Path("runs/tiny/config.json").write_text("[]")
     Path("runs/tiny/checkpoint.pt").unlink()
     for script in (train_byol, train_classifier):
-        refused(capsys, script, ["--run", "tiny"], 1, "runs/tiny/config.json cannot be read")
+        refused(capsys, script, ["--run", "tiny", "--device", "cpu"], 1, "runs/tiny/config.json cannot be read")
 
 
 def test_a_checkpoint_says_which_run_it_belongs_to(stopped, capsys):
@@ -209,6 +209,46 @@ def test_a_checkpoint_says_which_run_it_belongs_to(stopped, capsys):
     Path("runs/parts/config.json").unlink()
     refused(capsys, train_byol, [*stopped, "--seed", "9"], 1, "checkpoint.pt has other constants: SEED 0 -> 9; set")
     assert train_byol.main(stopped) == 0 and same(weights("whole"), weights("parts"))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told_apart(stopped, capsys):
+    """Its views were drawn from other numbers; a finished run needs none."""
+    for path in Path("runs/parts").glob("checkpoint*.pt"):
+        state = torch.load(path, weights_only=True)
+        for key in ("draws", "precision", "threads"):
+            del state[key]
+        torch.save(state, path)
+    refused(capsys, train_byol, stopped, 1, "checkpoint.pt is of an earlier version of this code", "--overwrite")
+    assert train_byol.main([*stopped, "--overwrite"]) == 0 and same(weights("whole"), weights("parts"))
+
+
+def test_a_run_continues_with_its_number_of_threads(stopped, monkeypatch, capsys):
+    begun = torch.load("runs/parts/checkpoint.pt", weights_only=True)["threads"]
+    seen, choose = [], train_byol.choose_threads
+    monkeypatch.setattr(train_byol, "choose_threads", lambda *args: seen.append(args[1]) or choose(*args))
+    assert train_byol.main(stopped) == 0 and seen == [begun] == [torch.get_num_threads()]
+    assert train_byol.main([*stopped, "--overwrite"]) == 0 and seen == [begun, None]
+
+
+def test_a_run_continues_in_its_own_precision(tmp_path, small, monkeypatch):
+    """Where `auto` is fp32 on the machine that began it, and bf16 on the one that continues it."""
+    write_folder(tmp_path / "images", unlabeled=20)
+    auto = ["--dataset", "images", *TINY, "--precision", "auto", "--run"]
+    monkeypatch.setattr(utils, "has_native_bf16", lambda device: False)
+    assert train_byol.main([*auto, "whole"]) == 0
+    step, steps = train_byol.train_step, []
+
+    def interrupted(*args):
+        steps.append(args[-1])
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train_byol, "train_step", interrupted)
+    assert train_byol.main([*auto, "parts"]) == 143
+    monkeypatch.setattr(utils, "has_native_bf16", lambda device: True)
+    assert train_byol.main([*auto, "parts"]) == 0 and steps == 4 * [torch.float32]
+    assert same(weights("whole"), weights("parts"))
 
 
 def test_a_dataset_that_changed_since_the_run_began(stopped, capsys):

@@ -15,14 +15,14 @@ import torchvision
 import byol
 import train_byol
 from byol import BYOL
-from conftest import small_encoder
+from conftest import HAS_GPU, small_encoder
 from data import fetch, load_split
 from test_data import write_folder, write_stl10
 from utils import build_optimizer, extract_features, read_constants, seeded_generator, seeded_init
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
-        "--epochs", "2", "--log-every", "2", "--device", "cpu"]
+        "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture
@@ -91,10 +91,12 @@ def test_runs_are_decided_by_the_seed(tiny):
     assert without_timings("a") == without_timings("b")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_after):
+def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_after, precision):
     """SIGTERM at any step: a checkpoint, exit 143; the same command then ends where an uninterrupted run does."""
-    tiny(run="whole")
+    argv = ["--precision", precision]
+    tiny(*argv, run="whole")
     step, calls = train_byol.train_step, []
 
     def interrupted(*args):
@@ -104,10 +106,10 @@ def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_aft
         return step(*args)
 
     monkeypatch.setattr(train_byol, "train_step", interrupted)
-    assert tiny(run="parts") == 143
+    assert tiny(*argv, run="parts") == 143
     assert f"stopped after step {stop_after} of 4" in capsys.readouterr().out
     assert not Path("runs/parts/encoder.pt").exists()
-    assert tiny(run="parts") == 0
+    assert tiny(*argv, run="parts") == 0
     assert f"from step {stop_after} of 4" in capsys.readouterr().out and len(calls) == 4
     assert same(weights("whole"), weights("parts"))
     a, b = (torch.load(f"runs/{run}/checkpoint.pt", weights_only=True) for run in ("whole", "parts"))
@@ -150,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
     (["--epochs", "0"], 2, "EPOCHS is 0"), (["--image-size", "8"], 2, "IMAGE_SIZE is 8"),
     (["--learning-rate", "nan"], 2, "LEARNING_RATE is nan"), (["--optimizer", "adam"], 2, "did you mean 'adamw'"),
     (["--run", "../x"], 2, "RUN '../x'"), (["--dataset", "nowhere"], 1, "DATASET 'nowhere'"),
-    (["--device", "cuda:9"], 1, "DEVICE 'cuda:9'")])
+    (["--device", f"cuda:{torch.cuda.device_count()}"], 1, "DEVICE 'cuda:")])
 def test_mistakes_end_in_one_line(tiny, capsys, argv, status, message):
     assert tiny(*argv) == status
     err = capsys.readouterr().err
@@ -160,7 +162,7 @@ def test_mistakes_end_in_one_line(tiny, capsys, argv, status, message):
 @pytest.mark.parametrize("argv, status, message", [(["--init", "nowhere.pt"], 1, "INIT 'nowhere.pt' is neither"),
                                                    (["--encoder", "vgg16"], 2, "ENCODER 'vgg16' is unknown")])
 def test_encoders_that_cannot_be_had_end_in_one_line(capsys, argv, status, message):
-    assert train_byol.main(["--demo", *argv]) == status
+    assert train_byol.main(["--demo", *TINY, *argv]) == status
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
@@ -223,6 +225,7 @@ def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
         return compile(function, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
     monkeypatch.setattr(train_byol, "can_compile", lambda device: True)
     assert tiny(run="short") == 0 and not compiled, "a short run does not win back the time"
     monkeypatch.setattr(train_byol, "MIN_STEPS_TO_COMPILE", 4)
@@ -234,7 +237,7 @@ def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
         torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 def test_no_step_waits_for_the_gpu():
     device = torch.device("cuda")
     model = BYOL(small_encoder("", "random", 0)[0], 64, 16, 8).to(device)
@@ -294,29 +297,33 @@ def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
     assert seen == [(160, 40)]
 
 
-def torchrun(folder, code, *argv, port):
+def torchrun(folder, code, *argv):
     """Run pretraining with the small encoder in two processes, after `code`."""
     script = folder / "script.py"
     script.write_text(f"""
 import hashlib, os, signal, sys
 sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
-import torch, torch.distributed as dist, train_byol
+import torch, torch.distributed as dist, data, train_byol
 from conftest import small_encoder
 train_byol.build_encoder = small_encoder
-step, fetch, taken = train_byol.train_step, train_byol.fetch, []
+step, fetch, taken = train_byol.train_step, data.fetch, []
 {code}
 sys.exit(train_byol.main(sys.argv[1:]))
 """)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}",
+    alone = ["--standalone", "--local-addr=localhost"]  # a port that is free, under a name that resolves everywhere
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *alone, "--log-dir=logs",
                            "--", str(script), "--dataset", "images", *TINY, *argv],
                           cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path):
-    """torchrun on CPU: the ranks share each batch of the epoch's permutation and stay equal bit for bit."""
+@pytest.mark.parametrize("gpus", ["", "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"],
+                         ids=["as it is", "beside a GPU"])
+def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path, gpus):
+    """torchrun on CPU: the ranks share each batch of the epoch's permutation and stay equal bit for bit. A GPU that is
+    there and not asked for changes nothing."""
     write_folder(tmp_path / "images", per_class=5, unlabeled=20)
-    done = torchrun(tmp_path, """
+    done = torchrun(tmp_path, gpus + """
 def recorded(pixels, index, device):
     taken.extend(index.tolist())
     return fetch(pixels, index, device)
@@ -326,8 +333,8 @@ def hashed(network, model, *rest):
     digest = hashlib.sha256(parameters.numpy().tobytes()).hexdigest()
     open(f"rank{dist.get_rank()}", "w").write(f"{digest} {taken}")
     return loss
-train_byol.train_step, train_byol.fetch = hashed, recorded
-""", "--run", "two", port=29533)
+train_byol.train_step, data.fetch = hashed, recorded
+""", "--run", "two")
     assert done.returncode == 0, done.stderr
     (hash0, taken0), (hash1, taken1) = ((tmp_path / f"rank{r}").read_text().split(" ", 1) for r in (0, 1))
     assert hash0 == hash1
@@ -372,7 +379,7 @@ def compared(network, model, optimizer, views, *rest):
     open(f"errors{dist.get_rank()}", "w").write(str(taken))
     return loss
 train_byol.build_model, train_byol.train_step = without_batchnorm, compared
-""", "--run", "two", port=29535)
+""", "--run", "two")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         errors = json.loads((tmp_path / f"errors{rank}").read_text())
@@ -387,6 +394,6 @@ def signalled(*args):
         taken.append(os.kill(os.getpid(), signal.SIGTERM))
     return step(*args)
 train_byol.train_step = signalled
-""", "--run", "two", port=29534)
+""", "--run", "two")
     assert done.returncode != 0 and "stopped after step 2 of 4" in done.stdout
     assert torch.load(tmp_path / "runs" / "two" / "checkpoint.pt", weights_only=True)["step"] == 2

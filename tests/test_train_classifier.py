@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.nn.modules.module import register_module_forward_hook
 
 import train_byol
 import train_classifier
+import utils
 from conftest import small_encoder
 from data import Split, load_folds, load_split
 from test_data import write_folder, write_stl10
@@ -20,7 +22,7 @@ from train_classifier import BASELINE, RANDOM, WITH_BYOL, draw_subset, fine_tune
 from utils import accuracy, extract_features, knn_predict, read_constants
 
 CPU = torch.device("cpu")
-QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--labels-per-class", "all"]
+QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--labels-per-class", "all"]
 
 
 @pytest.fixture
@@ -66,6 +68,22 @@ def test_a_comparison_fills_the_runs_folder(pretrained, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_both_scripts_run_on_every_device_in_every_precision(images, device, precision):
+    argv = ["--device", device.type, "--precision", {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision]]
+    types = []
+    with register_module_forward_hook(lambda module, inputs, output: types.append((type(module), output.dtype))):
+        assert train_byol.main(["--dataset", "images", *TINY, "--run", "tiny", *argv]) == 0
+        assert compare("--seeds", "0", *argv) == 0
+    assert {dtype for module, dtype in types if module is torch.nn.Conv2d} == {precision}, "in training and for features"
+    config = json.loads(Path("runs/tiny/config.json").read_text())
+    for where in (config["environment"], results()["environment"]):
+        assert torch.device(where["device"]).type == device.type and where["precision"] == str(precision)[len("torch."):]
+    for file in ("encoder.pt", "classifier.pt"):
+        weights = torch.load(f"runs/tiny/{file}", weights_only=True)
+        assert all(w.device.type == "cpu" and w.isfinite().all() and w.dtype != torch.bfloat16 for w in weights.values())
+
+
 def test_more_seeds_and_budgets_are_added_to_a_comparison(pretrained, monkeypatch):
     assert compare("--seeds", "0") == 0
     first = results()["records"]
@@ -79,12 +97,13 @@ def test_more_seeds_and_budgets_are_added_to_a_comparison(pretrained, monkeypatc
     assert results()["summary"].keys() == {"all"} and len(results()["records"]) == 8
 
 
-def test_results_of_another_precision_are_not_mixed(pretrained, capsys):
-    assert compare("--seeds", "0", "--precision", "fp32") == 0
-    path = pretrained / "results.json"
-    path.write_text(path.read_text().replace('"precision": "float32"', '"precision": "bfloat16"'))
-    assert compare("--seeds", "0,1", "--precision", "fp32") == 1
-    assert "precision bfloat16 -> float32" in capsys.readouterr().err
+def test_results_of_another_precision_are_not_mixed(pretrained, monkeypatch, capsys):
+    """A comparison of another machine, where the same constants chose another precision."""
+    monkeypatch.setattr(utils, "has_native_bf16", lambda device: True)
+    assert compare("--seeds", "0", "--precision", "auto") == 0
+    monkeypatch.setattr(utils, "has_native_bf16", lambda device: False)
+    assert compare("--seeds", "0,1", "--precision", "auto") == 1
+    assert "other constants: precision bfloat16 -> float32;" in capsys.readouterr().err
 
 
 def test_an_init_that_is_not_random_is_compared_with_random_weights_too(images, tmp_path, capsys, monkeypatch):
@@ -228,10 +247,10 @@ def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
     meetings = []
     for seed_of_encoder in (0, 1):
         heads, batches, crops = [], [], []
-        linear, fetch, draw = torch.nn.Linear, train_classifier.fetch, train_classifier.draw_crop
+        linear, fetch, draw = torch.nn.Linear, train_classifier.fetch, train_classifier.crop_of
         monkeypatch.setattr(train_classifier.nn, "Linear", lambda *a: heads.append(linear(*a)) or heads[0])
         monkeypatch.setattr(train_classifier, "fetch", lambda p, i, d: batches.append(i.tolist()) or fetch(p, i, d))
-        monkeypatch.setattr(train_classifier, "draw_crop", lambda *a: crops.append(draw(*a)) or crops[-1])
+        monkeypatch.setattr(train_classifier, "crop_of", lambda *a: crops.append(draw(*a)) or crops[-1])
         encoder, feature_dim = small_encoder("", "random", seed_of_encoder)
         first = []
         build = train_classifier.build_optimizer
