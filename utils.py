@@ -241,7 +241,7 @@ def choose_threads(device: torch.device, begun_with: int | None = None) -> str:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         threads = min(most, begun_with or free_cores())
         torch.set_num_threads(threads)
-    why = "as the run was begun" if begun_with else "the other cores are busy"
+    why = "as the run was begun" if begun_with else "the cores are busy"
     return (f"{threads} thread{'s' if threads > 1 else ''}"
             + (f" of {most}: {why} (OMP_NUM_THREADS=N sets N)" if threads != most else ""))
 

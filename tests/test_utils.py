@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from matplotlib.axes import Axes
 from torch import nn
 
 import train_byol
 import train_classifier
 import runs
 import utils
+from plots import plot_curves
 from runs import Metrics, run_folder, save_torch, whole_file
 from utils import (UsageError, UserError, build_encoder, can_compile, check_ranges, choose_threads, extract_features,
                    knn_predict, load_encoder, plain_state_dict, read_constants, seeded_generator, seeded_init,
@@ -189,7 +191,7 @@ def two_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("free, begun_with, threads, words", [
-    (2, None, 2, "2 threads"), (1, None, 1, "1 thread of 2: the other cores are busy (OMP_NUM_THREADS=N sets N)"),
+    (2, None, 2, "2 threads"), (1, None, 1, "1 thread of 2: the cores are busy (OMP_NUM_THREADS=N sets N)"),
     (8, None, 2, "2 threads"), (2, 1, 1, "1 thread of 2: as the run was begun (OMP_NUM_THREADS=N sets N)"),
     (1, 2, 2, "2 threads"), (2, 64, 2, "2 threads")])
 def test_as_many_threads_as_cores_are_free_or_as_the_run_has_had(two_threads, monkeypatch, free, begun_with, threads,
@@ -430,6 +432,18 @@ def test_metrics_remember_0_and_what_is_missing(tmp_path):
             metrics.append(step=1, loss=2.5, knn="")
         assert metrics.columns["step"] == [0, 1] and metrics.columns["knn"][0] == 0 and metrics.columns["loss"][1] == 2.5
         assert math.isnan(metrics.columns["loss"][0]) and math.isnan(metrics.columns["knn"][1])
+
+
+def test_the_curves_of_a_long_run_have_no_more_points_than_can_be_seen(tmp_path, monkeypatch):
+    lines, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: lines.append((x, y)) or plot(axis, x, y, **style))
+    n = 30_000
+    columns = {"epoch": [i / 10 for i in range(n)], "loss": [math.nan] + [float(i) for i in range(1, n)],
+               "spread": [0.1] * n, "knn": [math.nan if i % 10_000 else 50.0 for i in range(n)]}
+    c = constants()
+    plot_curves(tmp_path / "curves.png", columns, c)
+    assert [len(x) for x, _ in lines] == [2000, 1875, 3] and (tmp_path / "curves.png").stat().st_size > 0
+    assert all(y == pytest.approx(10 * x) for x, y in zip(*lines[0]))
 
 
 def test_json_is_written_whole(tmp_path):
