@@ -37,15 +37,22 @@ class BYOL(nn.Module):
     encoder: maps normalised images [N,3,S,S] to features [N,feature_dim]; it becomes `online_encoder`.
     The target gets no gradient and stays in train mode: its BatchNorm normalises by its own batch, as in the
     official code. Call `update_target` after each optimizer step.
+    frozen_batchnorm: both encoders normalise by the statistics that `encoder` came with, and keep them; the heads
+    normalise by the batch. For an encoder that is good already: those of views are not those of images.
     """
 
-    def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 4096, projection_dim: int = 256):
+    def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 4096, projection_dim: int = 256,
+                 frozen_batchnorm: bool = False):
         super().__init__()
         self.online_encoder = encoder
         self.online_projector = mlp(feature_dim, hidden_dim, projection_dim)
         self.predictor = mlp(projection_dim, hidden_dim, projection_dim)
         self.target_encoder = copy.deepcopy(self.online_encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.online_projector).requires_grad_(False)
+        if frozen_batchnorm:
+            for module in [*self.online_encoder.modules(), *self.target_encoder.modules()]:
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         # Not a weight: the latest batch's spread, left here so that nobody has to compute an embedding twice.
         self.register_buffer("spread", torch.zeros(()), persistent=False)
 

@@ -26,8 +26,8 @@ from data import Split, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import (Metrics, clear_run, only_writer, read_checkpoint, read_json, run_folder, same_constants,
                   save_checkpoint, save_torch, stop_signals, write_json)
-from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
-                   can_compile, check_choice, check_ranges, choose_threads, constants_of, environment,
+from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile,
+                   check_choice, check_ranges, choose_threads, constants_of, environment,
                    extract_features, flag, knn_predict, plain_state_dict, progress, rank_0_first, run_script,
                    seeded_generator, seeded_init, select_device, select_precision, set_rate, start_processes)
 
@@ -40,6 +40,7 @@ BLUR_P = (1.0, 0.1)  # probability of the blur in view 1 and in view 2
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
+BATCHNORM = "auto"  # of the encoder: batch, frozen (the statistics of INIT), or auto: frozen unless INIT is random
 HIDDEN_DIM = 4096  # width of projector and predictor
 PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
@@ -110,14 +111,14 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     with rank_0_first():
         model = build_model(c).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
-    step, losses = 0, []
+    step, losses, right_before = 0, [], None
     if state:
         if state["images"] != len(images):
             raise UserError(f"DATASET {c.DATASET!r} has {len(images)} images, and {state['images']} when {folder} was begun: "
                             "bring them back, choose another RUN, or use --overwrite to start anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, losses = state["step"], state["losses"]
+        step, losses, right_before = state["step"], state["losses"], state["right_before"]
         if state["world_size"] != world:
             say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
         state = None  # its memory is not needed any more
@@ -143,7 +144,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
                                                                      c.CROP_AREA, c.BLUR_P))
         metrics = Metrics(folder / "metrics.csv", COLUMNS, step)
         if step == 0 and train:  # what BYOL has to rise above
-            knn = monitor(model.online_encoder, train, c.SEED, device, precision)
+            right_before = monitor(model.online_encoder, train, c.SEED, device, precision)
+            knn = percent(right_before)
             metrics.append(step=0, epoch=0, knn=knn)
             say(f"kNN {knn:.1f}% before the first step")
 
@@ -174,7 +176,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
                                      "total_steps": total_steps, "losses": losses, "images": len(images),
                                      "draws": VIEW_DRAWS, "precision": str(precision).removeprefix("torch."),
                                      "threads": torch.get_num_threads(), "world_size": world,
-                                     "constants": constants_of(c)})
+                                     "right_before": right_before, "constants": constants_of(c)})
 
     with stop_signals() as signals, progress(total=total_steps * c.BATCH_SIZE, initial=step * c.BATCH_SIZE,
                                              unit="image", unit_scale=True) as bar:
@@ -193,7 +195,10 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
             if step % c.LOG_EVERY == 0 or epoch_ends:
                 read_losses()
                 speed = (step - first) * c.BATCH_SIZE / (time.monotonic() - logged)
-                knn = monitor(model.online_encoder, train, c.SEED, device, precision) if epoch_ends and train else ""
+                knn = ""
+                if epoch_ends and train:
+                    right = monitor(model.online_encoder, train, c.SEED, device, precision)
+                    knn = percent(right)
                 row = dict(step=step, epoch=step / steps_per_epoch, loss=sum(losses) / len(losses), learning_rate=rate,
                            decay=tau, spread=model.spread.item(), knn=knn, images_per_second=round(speed, 1))
                 losses.clear()
@@ -228,6 +233,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     if step < total_steps:
         raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there",
                       signals[0] if signals else 15)
+    if train and right_before is not None:
+        say(verdict(right_before, right, c.INIT))
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
         + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
 
@@ -277,7 +284,8 @@ def batch_indices(seed: int, n: int, batch_size: int, first_step: int, total_ste
 def build_model(c: SimpleNamespace) -> BYOL:
     encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
     with seeded_init(c.SEED, "heads"):
-        return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM)
+        frozen = c.BATCHNORM == "frozen" or c.BATCHNORM == "auto" and c.INIT != "random"
+        return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, frozen)
 
 
 def distribute(model: BYOL, device: torch.device) -> nn.Module:
@@ -301,13 +309,38 @@ def load_images(c: SimpleNamespace) -> tuple[Tensor, Split | None]:
     return unlabeled.pixels, train
 
 
-def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, precision: torch.dtype) -> float:
-    """kNN accuracy in percent, from 80% of the labelled training images to the other 20%; no test image is seen."""
+def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, precision: torch.dtype) -> Tensor:
+    """Which of 20% of the labelled training images kNN gets right from the other 80%: bool [M], on the CPU.
+
+    No test image is seen.
+    """
     order = torch.randperm(len(train.labels), generator=seeded_generator(seed, "monitor"))
     features = extract_features(encoder, train.pixels, device, precision)
     bank, held_out = send(order, device).tensor_split([int(0.8 * len(order))])
     labels = send(train.labels, device)
-    return accuracy(knn_predict(features[bank], labels[bank], features[held_out], len(train.classes)), labels[held_out])
+    predicted = knn_predict(features[bank], labels[bank], features[held_out], len(train.classes))
+    return (predicted == labels[held_out]).cpu()
+
+
+def percent(right: Tensor) -> float:
+    return 100 * right.double().mean().item()
+
+
+def verdict(before: Tensor, after: Tensor, init: str) -> str:
+    """What pretraining did to kNN, in words, from which of the same images were right before and after it: bool [M].
+
+    The error is the standard error of the paired difference: only images whose answer changed contribute. A difference
+    of less than two of them is not told from none.
+    """
+    change = after.double() - before.double()
+    gain, error = 100 * change.mean().item(), 100 * change.std().item() / math.sqrt(len(change))
+    line = f"kNN went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {error:.1f}: "
+    if abs(gain) <= 2 * error:
+        return line + f"{len(change):,} held-out images cannot tell whether pretraining changed it"
+    if gain > 0:
+        return line + "pretraining gained"
+    return line + "pretraining LOST; " + ("train for more EPOCHS: kNN falls at first" if init == "random" else
+                                          "lower LEARNING_RATE, raise BASE_DECAY to 1, or raise CROP_AREA")
 
 
 def check_constants(c: SimpleNamespace) -> None:
@@ -318,6 +351,10 @@ def check_constants(c: SimpleNamespace) -> None:
     if len(c.BLUR_P) != 2 or not all(0 <= p <= 1 for p in c.BLUR_P):
         raise UsageError(f"BLUR_P is {','.join(map(str, c.BLUR_P))}: it must be two probabilities ({flag('BLUR_P')})")
     check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
+    check_choice("BATCHNORM", c.BATCHNORM, ["auto", "batch", "frozen"])
+    if c.BATCHNORM == "frozen" and c.INIT == "random":
+        raise UsageError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto or batch "
+                         "(--batchnorm)")
     check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
 
 

@@ -417,14 +417,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def extract_features(encoder: nn.Module, pixels: Tensor, device: torch.device, precision: torch.dtype,
                      batch_size: int = 256) -> Tensor:
     """Features fp32 [N,D], on `device`, of uint8 images by the encoder in eval mode: no weight or buffer moves."""
-    training = encoder.training
+    modes = [(module, module.training) for module in encoder.modules()]  # some may be frozen, others not
     encoder.eval()
     features = []
     for batch in pixels.split(batch_size):
         x = normalize(batch.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
             features.append(encoder(x).float())
-    encoder.train(training)
+    for module, training in modes:
+        module.training = training
     return torch.cat(features)
 
 

@@ -147,6 +147,27 @@ def test_target_normalises_by_its_own_batch():
     assert model.target_encoder[1].num_batches_tracked == 2  # each view once
 
 
+def test_frozen_batchnorm_keeps_the_encoders_statistics_and_no_others():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder[1].running_mean.normal_()
+    encoder[1].running_var.uniform_(0.5, 2)
+    plain = copy.deepcopy(encoder).eval()
+    model, (a, b) = BYOL(encoder, 8, 16, 4, frozen_batchnorm=True), views()
+    heads = copy.deepcopy(model.online_projector.state_dict())
+    features = []
+    for network in (model.online_encoder, model.target_encoder):
+        network.register_forward_hook(lambda module, inputs, output: features.append(output))
+    model(a, b).backward()
+    for x, seen in zip((a, b, a, b), features, strict=True):
+        torch.testing.assert_close(seen, plain(x))
+    for network in (model.online_encoder, model.target_encoder):
+        assert torch.equal(network[1].running_mean, plain[1].running_mean)
+        assert torch.equal(network[1].running_var, plain[1].running_var) and network[1].num_batches_tracked == 0
+    assert model.online_encoder[1].weight.grad is not None, "its weight and bias are trained"
+    assert not torch.equal(model.online_projector[1].running_mean, heads["1.running_mean"]), "the heads see the batch"
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.9, 1.0])
 def test_ema_step(tau):
     model = small_byol()

@@ -64,6 +64,7 @@ def pretraining(*argv):
     (["--dataset", "nowhere/images"], 1, ["DATASET 'nowhere/images'"]),
     (["--batch-size", "0"], 2, ["BATCH_SIZE is 0"]), (["--batch-size", "1"], 2, ["BATCH_SIZE is 1"]),
     (["--batch-size", "-4"], 2, ["BATCH_SIZE is -4"]), (["--batch-size", "21"], 2, ["BATCH_SIZE is 21", "20 images"]),
+    (["--batchnorm", "frozen"], 2, ["BATCHNORM is frozen", "INIT random"]),
     (["--epochs", "0"], 2, ["EPOCHS is 0"]), (["--epochs", "-1"], 2, ["EPOCHS is -1"]),
     (["--image-size", "15"], 2, ["IMAGE_SIZE is 15"]), (["--learning-rate", "-0.1"], 2, ["LEARNING_RATE is -0.1"]),
     (["--learning-rate", "nan"], 2, ["LEARNING_RATE is nan"]), (["--learning-rate", "fast"], 2, ["--learning-rate", "fast"]),

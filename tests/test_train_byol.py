@@ -2,6 +2,7 @@
 import copy
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -280,6 +281,76 @@ def test_bf16_and_fp32_stay_together():
     assert difference.max() < 0.1 and losses[torch.float32][-5:].mean() < losses[torch.float32][0] - 0.5
 
 
+@pytest.mark.parametrize("batchnorm, init, frozen", [("auto", "random", False), ("auto", "first.pt", True),
+                                                     ("batch", "first.pt", False), ("frozen", "first.pt", True)])
+def test_batchnorm_is_frozen_where_the_first_weights_are_not_random(tiny, monkeypatch, batchnorm, init, frozen):
+    """Before, while and after the monitor looks, which puts the encoder into eval mode and back."""
+    encoder, _ = small_encoder("", "random", 7)
+    encoder.bn.running_mean.normal_()
+    monkeypatch.setattr(train_byol, "build_encoder", lambda *_: (copy.deepcopy(encoder), 64))
+    step, modes = train_byol.train_step, []
+
+    def seen(network, model, *rest):
+        modes.extend(encoder.bn.training for encoder in (model.online_encoder, model.target_encoder))
+        assert model.online_encoder.training and model.online_projector[1].training
+        return step(network, model, *rest)
+
+    monkeypatch.setattr(train_byol, "train_step", seen)
+    assert tiny("--batchnorm", batchnorm, "--init", init) == 0
+    assert modes == 8 * [not frozen]
+    assert torch.equal(weights("tiny")["bn.running_mean"], encoder.bn.running_mean) == frozen
+
+
+def test_a_target_that_never_moves_is_the_first_network(tiny):
+    """BASE_DECAY 1: the encoder learns to predict, across views, what it was in the beginning."""
+    assert tiny("--base-decay", "1", "--learning-rate", "5") == 0
+    state = torch.load("runs/tiny/checkpoint.pt", weights_only=True)["model"]
+    first = train_byol.build_model(read_constants(vars(train_byol), TINY))
+    for name, p in first.named_parameters():
+        if name.startswith("target"):
+            assert torch.equal(state[name], p), name
+        elif p.ndim > 1:
+            assert not torch.equal(state[name], p), name
+    assert [float(row["decay"]) for row in rows("tiny")[1:]] == [1, 1]
+
+
+@pytest.mark.parametrize("init", ["random", "imagenet"])
+def test_the_verdict_tells_gained_from_lost_and_from_neither(init):
+    """Of 1,000 images, 60 became right and 20 wrong: a difference of 4 points, with the error of McNemar's test."""
+    before = torch.arange(1000) < 500
+    gained, level = before.clone(), before.clone()
+    gained[500:560], gained[:20] = True, False
+    level[500:540], level[:36] = True, False
+    error = 100 * math.sqrt((80 - 40 ** 2 / 1000) / 999 / 1000)
+    assert train_byol.verdict(before, gained, init) == (
+        f"kNN went from 50.0% to 54.0%, by +4.0 ± {error:.1f}: pretraining gained") and 0.85 < error < 0.95
+    lost = train_byol.verdict(gained, before, init)
+    assert "from 54.0% to 50.0%, by -4.0 ± 0.9: pretraining LOST; " in lost
+    assert ("more EPOCHS" if init == "random" else "LEARNING_RATE") in lost
+    assert train_byol.verdict(before, level, init) == (
+        "kNN went from 50.0% to 50.4%, by +0.4 ± 0.9: 1,000 held-out images cannot tell whether pretraining changed it")
+    assert "cannot tell" in train_byol.verdict(before, before, init)
+
+
+def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monkeypatch, capsys):
+    answers = iter([torch.tensor([True] * 10 + [False] * 90), torch.tensor([True] * 50 + [False] * 50),
+                    torch.tensor([True] * 90 + [False] * 10)])
+    monkeypatch.setattr(train_byol, "monitor", lambda *args: next(answers))
+    step, calls = train_byol.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train_byol, "train_step", interrupted)
+    assert tiny() == 143 and "kNN went" not in capsys.readouterr().out
+    assert tiny() == 0
+    assert "kNN went from 10.0% to 90.0%, by +80.0 ± 4.0: pretraining gained" in capsys.readouterr().out
+    assert [row["knn"] for row in rows("tiny")] == ["10.0", "50.0", "90.0"]
+
+
 def test_every_image_of_an_epoch_is_taken_once():
     first, second = (train_byol.epoch_order(0, epoch, 50) for epoch in (0, 1))
     assert sorted(first.tolist()) == list(range(50)) and not torch.equal(first, second)
@@ -328,6 +399,7 @@ def recorded(pixels, index, device):
     taken.extend(index.tolist())
     return fetch(pixels, index, device)
 def hashed(network, model, *rest):
+    assert not network.broadcast_buffers, "130 of them, a step, that nobody needs"
     loss = step(network, model, *rest)
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     digest = hashlib.sha256(parameters.numpy().tobytes()).hexdigest()
