@@ -14,7 +14,7 @@ from byol import denormalize
 from data import Split
 from runs import whole_file
 
-BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#666666"  # told apart by colour-blind readers too (Okabe & Ito)
+BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"  # told apart by colour-blind readers too (Okabe & Ito)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -96,7 +96,7 @@ def plot_label_efficiency(path: Path, summaries: dict[str, dict], sizes: Sequenc
     for axis, protocol in zip(panels, protocols):
         for i, arm in enumerate(arms):
             mean, std = zip(*(mean_and_std(summary[protocol][arm]) for summary in summaries.values()))
-            axis.errorbar(sizes, mean, std, color=color_of(arms, i), marker="os^"[i], ms=5, capsize=3, label=arm)
+            axis.errorbar(sizes, mean, std, color=color_of(arms, i), marker="os^D"[i], ms=5, capsize=3, label=arm)
         axis.set(xscale="log", xlabel="labelled images a class", title=protocol)
         axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axis.minorticks_off()
@@ -148,5 +148,5 @@ def mean_and_std(values: list[float]) -> tuple[float, float]:
 
 
 def color_of(arms: Sequence[str], i: int) -> str:
-    """BYOL's arm is the last and blue where there are several; the baseline before it is gray."""
-    return (GRAY, BLUE)[i] if len(arms) < 3 else (ORANGE, GRAY, BLUE)[i]
+    """BYOL's arm is the last and blue where there are several; the baseline is gray."""
+    return ((GRAY, BLUE) if len(arms) < 3 else (ORANGE, GRAY, GREEN, BLUE))[i]

@@ -6,9 +6,10 @@
     python train_classifier.py --folds           STL-10's own protocol: its ten folds of 1,000 labelled images
 
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps; they differ in
-the encoder they start from (where that began with ImageNet weights, random ones are a third arm). Dataset, encoder,
-init and image size are those of the run. Reported is the accuracy on the test images after the last epoch, never the
-best one.
+the encoder they start from. Where that began with ImageNet weights or a file's, two more arms show what BYOL is to be
+measured against: random weights, and those weights with nothing new but the BatchNorm statistics of these images. Dataset,
+encoder, init and image size are those of the run. Reported is the accuracy on the test images after the last epoch, never
+the best one.
 """
 import copy
 import math
@@ -56,7 +57,7 @@ DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZ
 FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS"}  # may change when a comparison goes on
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
-RANDOM, BASELINE, WITH_BYOL = "random weights", "without BYOL", "with BYOL"
+RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm alone", "with BYOL"
 FOLD = "fold"  # the budget of one of STL-10's folds
 PROBE_PENALTIES = tuple(10.0 ** e for e in range(-6, 2))  # L2 penalties that the linear probe chooses from
 
@@ -88,7 +89,8 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
     budgets = affordable(c.LABELS_PER_CLASS, train)
     results = open_results(folder / "results.json", c, environment(device, precision))
     records = results["records"]
-    arms = [RANDOM] * (c.INIT != "random") + [BASELINE] + [WITH_BYOL] * (pretrained is not None)
+    arms = [BASELINE] if c.INIT == "random" else [RANDOM, BASELINE, BATCHNORM]
+    arms += [WITH_BYOL] * (pretrained is not None)
     features = {}  # of arm and seed; an encoder that no seed changes is asked once
 
     def features_of(arm: str, seed: int, encoder: nn.Module) -> tuple[Tensor, Tensor]:
@@ -112,6 +114,8 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
                     continue
                 encoder, feature_dim = build_arm(arm, seed, c, pretrained)
                 encoder = encoder.to(device, memory_format=torch.channels_last)
+                if arm == BATCHNORM:
+                    reestimate_batchnorm(encoder, train.pixels, device, precision)
                 train_features, test_features = features_of(arm, seed, encoder)
                 for labels in missing:
                     subset = folds[seed] if labels == FOLD else draw_subset(train.labels, labels, seed)
@@ -127,7 +131,7 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
                         save_torch(folder / "classifier.pt", plain_state_dict(network))
                     records.append(record)
                     write_json(folder / "results.json", results)
-                    print(f"seed {seed} {labels:>4} labels {arm:<14}"
+                    print(f"seed {seed} {labels:>4} labels {arm:<15}"
                           + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
 
         results |= {"classes": train.classes, "summary": {str(b): summarize(records, b, c.SEEDS, arms) for b in budgets}}
@@ -141,7 +145,7 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
             plot_label_efficiency(folder / "label_efficiency.png", results["summary"], sizes, PROTOCOLS, arms, caption(c))
         if pretrained:
             shown = [(arm, features_of(arm, c.SEEDS[0], build_arm(arm, c.SEEDS[0], c, pretrained)[0].to(device))[1])
-                     for arm in arms[-2:]]
+                     for arm in (BASELINE, WITH_BYOL)]
             plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
     if not pretrained:
         same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", *OF_THE_RUN) if name in c.given]
@@ -151,10 +155,32 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
 
 def build_arm(arm: str, seed: int, c: SimpleNamespace, pretrained: Path | None) -> tuple[nn.Module, int]:
     """The encoder that an arm starts from, and the number of its features."""
-    encoder, feature_dim = build_encoder(c.ENCODER, c.INIT if arm == BASELINE else "random", seed)
+    encoder, feature_dim = build_encoder(c.ENCODER, c.INIT if arm in (BASELINE, BATCHNORM) else "random", seed)
     if arm == WITH_BYOL:
         load_encoder(encoder, read_weights(pretrained), pretrained)
     return encoder, feature_dim
+
+
+@torch.no_grad()
+def reestimate_batchnorm(encoder: nn.Module, pixels: Tensor, device: torch.device, precision: torch.dtype,
+                         batch_size: int = 256) -> None:
+    """Give the encoder's BatchNorm the mean statistics of batches of these images, uint8 [N,3,S,S]; no weight moves.
+
+    What any pass through the network in train mode does by itself: a gain that this has, too, is not BYOL's.
+    """
+    layers = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean of all batches, equally weighted
+    encoder.train()
+    order = torch.randperm(len(pixels), generator=seeded_generator(0, "BatchNorm"))  # a folder's come class by class
+    for index in order.split(batch_size)[:max(1, len(pixels) // batch_size)]:  # whole batches
+        x = normalize(fetch(pixels, index, device).float() / 255).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            encoder(x)
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
 
 
 def affordable(budgets: tuple[int | str, ...], train: Split) -> list[int | str]:

@@ -14,11 +14,13 @@ from torch.nn.modules.module import register_module_forward_hook
 import train_byol
 import train_classifier
 import utils
+from byol import normalize
 from conftest import small_encoder
 from data import Split, load_folds, load_split
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
-from train_classifier import BASELINE, RANDOM, WITH_BYOL, draw_subset, fine_tune, fit_logistic, linear_probe
+from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, draw_subset, fine_tune, fit_logistic,
+                              linear_probe, reestimate_batchnorm)
 from utils import accuracy, extract_features, knn_predict, read_constants
 
 CPU = torch.device("cpu")
@@ -106,13 +108,40 @@ def test_results_of_another_precision_are_not_mixed(pretrained, monkeypatch, cap
     assert "other constants: precision bfloat16 -> float32;" in capsys.readouterr().err
 
 
-def test_an_init_that_is_not_random_is_compared_with_random_weights_too(images, tmp_path, capsys, monkeypatch):
+def test_an_init_that_is_not_random_has_two_more_arms(images, tmp_path, capsys, monkeypatch):
     inits = []
     build = train_classifier.build_encoder
     monkeypatch.setattr(train_classifier, "build_encoder", lambda n, init, seed: inits.append(init) or build(n, init, seed))
     assert compare("--dataset", "images", "--image-size", "16", "--init", "weights.pt", "--seeds", "0") == 0
-    assert [r["arm"] for r in results()["records"]] == [RANDOM, BASELINE] and inits == ["random", "weights.pt"]
-    assert RANDOM in capsys.readouterr().out
+    assert [r["arm"] for r in results()["records"]] == [RANDOM, BASELINE, BATCHNORM]
+    assert inits == ["random", "weights.pt", "weights.pt"]
+    out = capsys.readouterr().out
+    assert RANDOM in out and BATCHNORM in out
+
+
+def test_all_four_arms_reach_the_table_and_the_figures(images, capsys, monkeypatch):
+    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--init", "weights.pt", "--run", "tiny"]) == 0
+    asked, reestimate = [], train_classifier.reestimate_batchnorm
+    monkeypatch.setattr(train_classifier, "reestimate_batchnorm", lambda *a: asked.append(a) or reestimate(*a))
+    assert compare("--labels-per-class", "3,all", "--seeds", "0") == 0 and len(asked) == 1
+    rows = [*(arms := [RANDOM, BASELINE, BATCHNORM, WITH_BYOL]), "gain"]
+    assert [r["arm"] for r in results()["records"]] == [arm for arm in arms for _ in range(2)]
+    table = capsys.readouterr().out.split("test accuracy (%)")[1]
+    assert [table.index(f"   all  {row} ") for row in rows] == sorted(table.index(f"   all  {row} ") for row in rows)
+    assert {"comparison.png", "label_efficiency.png", "neighbors.png"} <= {p.name for p in Path("runs/tiny").iterdir()}
+
+
+def test_batchnorm_alone_takes_on_the_statistics_of_the_images_and_moves_no_weight(generator):
+    encoder, _ = small_encoder("", "random", 0)
+    encoder.bn.running_mean.fill_(9)
+    before = {name: p.clone() for name, p in encoder.named_parameters()}
+    pixels = torch.randint(0, 256, (130, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    reestimate_batchnorm(encoder, pixels, CPU, torch.float32, batch_size=64)
+    assert all(torch.equal(p, before[name]) for name, p in encoder.named_parameters())
+    assert encoder.bn.num_batches_tracked == 2 and encoder.bn.momentum == 0.1, "whole batches; later training is as ever"
+    seen = encoder.conv(normalize(pixels.float() / 255))
+    torch.testing.assert_close(encoder.bn.running_mean, seen.mean(dim=(0, 2, 3)), atol=0.01, rtol=0)
+    torch.testing.assert_close(encoder.bn.running_var, seen.var(dim=(0, 2, 3)), atol=0, rtol=0.05)
 
 
 def test_stl10s_folds_are_the_labelled_subsets(tmp_path, small, monkeypatch, capsys):
