@@ -319,7 +319,7 @@ def fetch(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
 def batches(pixels: Tensor, indices: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """The images of each index, on `device`. Those that come from the host to a GPU are gathered ahead, by a thread of
     their own, while the step before them runs."""
-    if pixels.device.type == device.type:
+    if device.type in (pixels.device.type, "mps"):  # torch crashes where two threads ask MPS for work
         yield from (fetch(pixels, index, device) for index in indices)
         return
     with ThreadPoolExecutor(1) as pool:

@@ -66,7 +66,7 @@ def plot_comparison(path: Path, summary: dict[str, dict[str, list[float]]], prot
 
     summary: protocol -> arm -> accuracies in percent, one a seed.
     """
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(max(6, 2.2 * len(arms)), 3.8), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):

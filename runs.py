@@ -100,8 +100,8 @@ def read_json(path: Path, key: str) -> dict:
 def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
     """Raise UserError, naming them, where constants other than the `free` ones differ from those in `path`."""
     before, now = json.loads(json.dumps([before, now]))  # tuples become lists, as in a JSON file
-    changed = [f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now}
-               if before.get(name) != now.get(name) and name not in free]
+    changed = [f"{name} {value} -> {now.get(name)}" for name, value in before.items()  # an earlier version knew fewer
+               if value != now.get(name) and name not in free]
     if changed:
         raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
                         "--overwrite to start anew" + (" (the schedules span all EPOCHS: a longer run is another run)"

@@ -83,24 +83,26 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     """Train from the last checkpoint where there is one, and fill the run's folder."""
     config = folder / "config.json"
     state = None if c.overwrite else read_checkpoint(folder)
+    finished = state and state["step"] == state["total_steps"]
+    if state and not finished and state.get("draws") != VIEW_DRAWS:
+        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: finish "
+                        "it with that version, or use --overwrite to start anew")
     if state:
         same_constants(state["constants"], constants_of(c), folder / "checkpoint.pt", FREE)
     elif config.exists() and not c.overwrite:
         same_constants(read_json(config, "constants")["constants"], constants_of(c), config, FREE)
-    if state and state["step"] == state["total_steps"]:
+    if finished:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
 
-    if state and state.get("draws") != VIEW_DRAWS:
-        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: finish "
-                        "it with that version, or use --overwrite to start anew")
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
     precision = getattr(torch, state["precision"]) if state else select_precision(c.PRECISION, device)
-    threads = choose_threads(device, state["threads"] if state else None)
+    threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
 
-    images, train = load_images(c)
-    images = place(images, device)
-    train = train and train._replace(pixels=place(train.pixels, device))
+    unlabeled, train = load_images(c)
+    images = place(unlabeled, device)
+    if train:
+        train = train._replace(pixels=images if train.pixels is unlabeled else place(train.pixels, device))
     steps_per_epoch = len(images) // c.BATCH_SIZE  # the remainder is dropped
     if steps_per_epoch == 0:
         raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(images)} images: lower it")
@@ -126,8 +128,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
 
     say(f"BYOL: {len(images):,} images, {c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} epochs of "
         f"{steps_per_epoch} steps, on {device} in {str(precision).removeprefix('torch.')}"
-        + (f" with {threads}" if device.type == "cpu" else "")
-        + (f", from step {step} of {total_steps}" if step else ""))
+        + threads + (f", from step {step} of {total_steps}" if step else ""))
     draw = render_views
     if can_compile(device) and total_steps - step >= MIN_STEPS_TO_COMPILE:
         say("compiling for this GPU: the first step takes a minute or two")
@@ -233,7 +234,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     if step < total_steps:
         raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there",
                       signals[0] if signals else 15)
-    if train and right_before is not None:
+    if train and right_before is not None and len(right_before) == len(right):  # not where train/ changed on the way
         say(verdict(right_before, right, c.INIT))
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
         + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
@@ -278,7 +279,7 @@ def batch_indices(seed: int, n: int, batch_size: int, first_step: int, total_ste
         epoch, batch = divmod(step, steps_per_epoch)
         if order is None or batch == 0:
             order = epoch_order(seed, epoch, n)
-        yield order[batch * batch_size:(batch + 1) * batch_size][rank::world]
+        yield order[batch * batch_size:(batch + 1) * batch_size][rank::world].contiguous()
 
 
 def build_model(c: SimpleNamespace) -> BYOL:
@@ -333,9 +334,11 @@ def verdict(before: Tensor, after: Tensor, init: str) -> str:
     of less than two of them is not told from none.
     """
     change = after.double() - before.double()
-    gain, error = 100 * change.mean().item(), 100 * change.std().item() / math.sqrt(len(change))
+    gain, error = 100 * change.mean().item(), math.nan
+    if len(change) > 1:
+        error = 100 * change.std().item() / math.sqrt(len(change))
     line = f"kNN went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {error:.1f}: "
-    if abs(gain) <= 2 * error:
+    if not abs(gain) > 2 * error:  # nor where there is but one image, and no error
         return line + f"{len(change):,} held-out images cannot tell whether pretraining changed it"
     if gain > 0:
         return line + "pretraining gained"

@@ -103,7 +103,7 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
 
     print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
           f"classes\n{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in "
-          f"{str(precision).removeprefix('torch.')}" + (f" with {threads}" if device.type == "cpu" else ""), flush=True)
+          f"{str(precision).removeprefix('torch.')}{threads}", flush=True)
 
     with stop_signals() as signals:
         for seed in c.SEEDS:

@@ -207,7 +207,7 @@ def select_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32, where fp32 remains
-            torch.backends.cudnn.benchmark = True  # look for the fastest convolutions: all batches are alike
+            torch.backends.cudnn.benchmark = True  # look for the fastest convolutions: batches are alike
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DEVICE {name!r} cannot be used here ({one_line(error)[:80]}): "
                         "set DEVICE to 'auto' or 'cpu'") from error
@@ -231,38 +231,46 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def choose_threads(device: torch.device, begun_with: int | None = None) -> str:
-    """Give torch as many CPU threads as cores are free; returns their number and what decided it, in words.
+    """Give torch as many CPU threads as cores are free; returns " with N threads" and what decided it, "" for a GPU.
 
     Threads wait for each other after every operation, so one that has to share its core holds up all the others.
     OMP_NUM_THREADS is the user's word and stays. begun_with: the number of the run that is continued, which its last
     digits depend on; None for a new one.
     """
+    if device.type != "cpu":
+        return ""
     most = threads = torch.get_num_threads()
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         threads = min(most, begun_with or free_cores())
         torch.set_num_threads(threads)
     why = "as the run was begun" if begun_with else "the cores are busy"
-    return (f"{threads} thread{'s' if threads > 1 else ''}"
+    return (f" with {threads} thread{'s' if threads > 1 else ''}"
             + (f" of {most}: {why} (OMP_NUM_THREADS=N sets N)" if threads != most else ""))
 
 
 def free_cores(seconds: float = 0.3) -> int:
-    """How many of the cores that this process may use are idle or at work for lower priorities, at least 1.
+    """How many of the cores that this process may use no other keeps busy, at least 1; work of lower priority does not.
 
-    Counted over some tenths of a second, during which this process sleeps, and only on Linux; elsewhere all of them. The
+    Counted over some tenths of a second, during which this process sleeps, and only on Linux; elsewhere all are free. The
     load average would still show a run that ended a minute ago.
     """
     if not Path("/proc/stat").exists():
-        return os.cpu_count()
-    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        return os.cpu_count() or 1
+    mine = os.sched_getaffinity(0)
 
-    def free_ticks() -> int:
-        cores = (line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu"))
-        return sum(int(nice) + int(idle) + int(waiting) for name, _, nice, _, idle, waiting, *_ in cores if name in mine)
+    def busy_ticks() -> int:
+        busy = 0
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *ticks = line.split()
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in mine:
+                user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, ticks[:8])
+                busy += user + system + irq + softirq + steal + (nice if os.nice(0) > 0 else 0)
+        return busy
 
-    before, start = free_ticks(), time.monotonic()
+    before, start = busy_ticks(), time.monotonic()
     time.sleep(seconds)
-    free = (free_ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
+    busy = (busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
+    free = len(mine) - busy
     with contextlib.suppress(OSError, ValueError):  # a container's share: "200000 100000" is two cores, "max 100000" all
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         free = min(free, int(quota) / int(period))

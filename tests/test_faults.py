@@ -213,13 +213,17 @@ def test_a_checkpoint_says_which_run_it_belongs_to(stopped, capsys):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_told_apart(stopped, capsys):
-    """Its views were drawn from other numbers; a finished run needs none."""
-    for path in Path("runs/parts").glob("checkpoint*.pt"):
+    """Its views were drawn from other numbers, and it knew fewer constants; a finished run needs neither."""
+    for path in Path("runs").glob("*/checkpoint*.pt"):
         state = torch.load(path, weights_only=True)
-        for key in ("draws", "precision", "threads"):
+        for key in ("draws", "precision", "threads", "right_before"):
             del state[key]
+        del state["constants"]["BATCHNORM"]
         torch.save(state, path)
     refused(capsys, train_byol, stopped, 1, "checkpoint.pt is of an earlier version of this code", "--overwrite")
+    whole = [*stopped[:-1], "whole"]
+    assert train_byol.main(whole) == 0 and "is finished" in capsys.readouterr().out
+    refused(capsys, train_byol, [*whole, "--seed", "9"], 1, "checkpoint.pt has other constants: SEED 0 -> 9; set")
     assert train_byol.main([*stopped, "--overwrite"]) == 0 and same(weights("whole"), weights("parts"))
 
 

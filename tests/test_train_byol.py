@@ -330,6 +330,29 @@ def test_the_verdict_tells_gained_from_lost_and_from_neither(init):
     assert train_byol.verdict(before, level, init) == (
         "kNN went from 50.0% to 50.4%, by +0.4 ± 0.9: 1,000 held-out images cannot tell whether pretraining changed it")
     assert "cannot tell" in train_byol.verdict(before, before, init)
+    one = torch.tensor([True])
+    assert "by -100.0 ± nan: 1 held-out images cannot tell" in train_byol.verdict(one, ~one, init)
+
+
+def test_a_train_folder_that_changed_on_the_way_gets_no_verdict(tiny, monkeypatch, capsys):
+    answers = iter([torch.tensor([True] * 10), *[torch.tensor([True] * 11)] * 2])
+    monkeypatch.setattr(train_byol, "monitor", lambda *args: next(answers))
+    assert tiny() == 0 and "kNN went" not in capsys.readouterr().out
+
+
+def test_a_run_of_several_processes_gives_its_threads_to_as_many_alone(tiny, monkeypatch):
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    step, seen = train_byol.train_step, []
+    monkeypatch.setattr(train_byol, "train_step", stop)
+    assert tiny() == 143
+    state = torch.load("runs/tiny/checkpoint.pt", weights_only=True)
+    torch.save(state | {"world_size": 2}, "runs/tiny/checkpoint.pt")
+    monkeypatch.setattr(train_byol, "train_step", step)
+    monkeypatch.setattr(train_byol, "choose_threads", lambda device, begun_with: seen.append(begun_with) or "")
+    assert tiny() == 0 and seen == [None]
 
 
 def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monkeypatch, capsys):
@@ -368,8 +391,11 @@ def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
     assert seen == [(160, 40)]
 
 
-def torchrun(folder, code, *argv):
-    """Run pretraining with the small encoder in two processes, after `code`."""
+BESIDE_A_GPU = "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"
+
+
+def torchrun(folder, code, *argv, gpu=BESIDE_A_GPU):
+    """Run pretraining with the small encoder in two processes, after `code`, on the CPU of a machine that shows a GPU."""
     script = folder / "script.py"
     script.write_text(f"""
 import hashlib, os, signal, sys
@@ -378,6 +404,7 @@ import torch, torch.distributed as dist, data, train_byol
 from conftest import small_encoder
 train_byol.build_encoder = small_encoder
 step, fetch, taken = train_byol.train_step, data.fetch, []
+{gpu}
 {code}
 sys.exit(train_byol.main(sys.argv[1:]))
 """)
@@ -388,13 +415,12 @@ sys.exit(train_byol.main(sys.argv[1:]))
                           cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("gpus", ["", "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"],
-                         ids=["as it is", "beside a GPU"])
-def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path, gpus):
+@pytest.mark.parametrize("gpu", ["", BESIDE_A_GPU], ids=["as it is", "beside a GPU"])
+def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path, gpu):
     """torchrun on CPU: the ranks share each batch of the epoch's permutation and stay equal bit for bit. A GPU that is
     there and not asked for changes nothing."""
     write_folder(tmp_path / "images", per_class=5, unlabeled=20)
-    done = torchrun(tmp_path, gpus + """
+    done = torchrun(tmp_path, """
 def recorded(pixels, index, device):
     taken.extend(index.tolist())
     return fetch(pixels, index, device)
@@ -406,7 +432,7 @@ def hashed(network, model, *rest):
     open(f"rank{dist.get_rank()}", "w").write(f"{digest} {taken}")
     return loss
 train_byol.train_step, data.fetch = hashed, recorded
-""", "--run", "two")
+""", "--run", "two", gpu=gpu)
     assert done.returncode == 0, done.stderr
     (hash0, taken0), (hash1, taken1) = ((tmp_path / f"rank{r}").read_text().split(" ", 1) for r in (0, 1))
     assert hash0 == hash1

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.modules.module import register_module_forward_hook
 
+import plots
 import train_byol
 import train_classifier
 import utils
@@ -120,6 +121,8 @@ def test_an_init_that_is_not_random_has_two_more_arms(images, tmp_path, capsys, 
 
 
 def test_all_four_arms_reach_the_table_and_the_figures(images, capsys, monkeypatch):
+    figures, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
     assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--init", "weights.pt", "--run", "tiny"]) == 0
     asked, reestimate = [], train_classifier.reestimate_batchnorm
     monkeypatch.setattr(train_classifier, "reestimate_batchnorm", lambda *a: asked.append(a) or reestimate(*a))
@@ -129,6 +132,9 @@ def test_all_four_arms_reach_the_table_and_the_figures(images, capsys, monkeypat
     table = capsys.readouterr().out.split("test accuracy (%)")[1]
     assert [table.index(f"   all  {row} ") for row in rows] == sorted(table.index(f"   all  {row} ") for row in rows)
     assert {"comparison.png", "label_efficiency.png", "neighbors.png"} <= {p.name for p in Path("runs/tiny").iterdir()}
+    for legend in (figures[-3].axes[0].get_legend(), figures[-2].legends[0]):
+        box, page = legend.get_window_extent(), legend.figure.bbox
+        assert [text.get_text() for text in legend.texts] == arms and page.x0 <= box.x0 and box.x1 <= page.x1
 
 
 def test_batchnorm_alone_takes_on_the_statistics_of_the_images_and_moves_no_weight(generator):
