@@ -260,10 +260,9 @@ def free_cores(seconds: float = 0.3) -> int:
 
     def busy_ticks() -> int:
         busy = 0
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *ticks = line.split()
-            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in mine:
-                user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, ticks[:8])
+        for core, ticks in re.findall(r"^cpu(\d+) (.*)$", Path("/proc/stat").read_text(), re.M):
+            if int(core) in mine:
+                user, nice, system, _idle, _waiting, irq, softirq, steal, *_ = map(int, ticks.split())
                 busy += user + system + irq + softirq + steal + (nice if os.nice(0) > 0 else 0)
         return busy
 
