@@ -57,7 +57,7 @@ DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZ
 FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS"}  # may change when a comparison goes on
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
-RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm alone", "with BYOL"
+RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm only", "with BYOL"
 FOLD = "fold"  # the budget of one of STL-10's folds
 PROBE_PENALTIES = tuple(10.0 ** e for e in range(-6, 2))  # L2 penalties that the linear probe chooses from
 
@@ -131,7 +131,7 @@ def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
                         save_torch(folder / "classifier.pt", plain_state_dict(network))
                     records.append(record)
                     write_json(folder / "results.json", results)
-                    print(f"seed {seed} {labels:>4} labels {arm:<15}"
+                    print(f"seed {seed} {labels:>4} labels {arm:<14}"
                           + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
 
         results |= {"classes": train.classes, "summary": {str(b): summarize(records, b, c.SEEDS, arms) for b in budgets}}
