@@ -137,9 +137,10 @@ def test_all_four_arms_reach_the_table_and_the_figures(images, capsys, monkeypat
         assert [text.get_text() for text in legend.texts] == arms and page.x0 <= box.x0 and box.x1 <= page.x1
 
 
-def test_batchnorm_alone_takes_on_the_statistics_of_the_images_and_moves_no_weight(generator):
+def test_batchnorm_only_takes_on_the_statistics_of_the_images_and_moves_no_weight(generator):
     encoder, _ = small_encoder("", "random", 0)
     encoder.bn.running_mean.fill_(9)
+    encoder.bn.num_batches_tracked.fill_(100)  # as in weights that were trained
     before = {name: p.clone() for name, p in encoder.named_parameters()}
     pixels = torch.randint(0, 256, (130, 3, 16, 16), dtype=torch.uint8, generator=generator)
     reestimate_batchnorm(encoder, pixels, CPU, torch.float32, batch_size=64)

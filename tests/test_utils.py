@@ -210,7 +210,8 @@ def test_the_users_number_of_threads_stays(two_threads, monkeypatch):
 
 @pytest.mark.parametrize("ticks, niceness, quota, free", [  # user, nice, idle, waiting, irq, steal
     ((0, 0, 100, 0, 0, 0), 0, None, 2), ((93, 0, 0, 0, 0, 0), 0, None, 1), ((60, 0, 33, 0, 0, 0), 0, None, 1),
-    ((10, 0, 83, 0, 0, 0), 0, None, 2), ((0, 0, 0, 93, 0, 0), 0, None, 2), ((0, 0, 0, 0, 50, 43), 0, None, 1),
+    ((10, 0, 83, 0, 0, 0), 0, None, 2), ((0, 0, 0, 93, 0, 0), 0, None, 2), ((0, 0, 0, 0, 10, 60), 0, None, 1),
+    ((0, 0, 0, 0, 60, 10), 0, None, 1),
     ((0, 93, 0, 0, 0, 0), 0, None, 2), ((0, 93, 0, 0, 0, 0), 10, None, 1), ((0, 0, 0, 0, 0, 0), 0, None, 2),
     ((0, 0, 93, 0, 0, 0), 0, "100000 100000", 1), ((0, 0, 93, 0, 0, 0), 0, "max 100000", 2)])
 def test_free_cores_are_those_that_the_kernel_does_not_see_busy(monkeypatch, ticks, niceness, quota, free):
