@@ -85,25 +85,25 @@ def plot_comparison(path: Path, summary: dict[str, dict[str, list[float]]], prot
     save_figure(figure, path)
 
 
-def plot_label_efficiency(path: Path, summaries: dict[str, dict], sizes: Sequence[float], protocols: Sequence[str],
-                          arms: Sequence[str], caption: str) -> None:
-    """Accuracy against labelled images a class, a panel for each protocol and a line for each arm.
+def plot_lines(path: Path, panels: dict[str, dict[str, list[list[float]]]], x: Sequence[float], xlabel: str,
+               caption: str) -> None:
+    """Accuracy against x (logarithmic), a panel for each title and a line for each arm: mean and std over the seeds.
 
-    summaries: budget -> protocol -> arm -> accuracies in percent; sizes: of the budgets, in images a class.
+    panels: title -> arm -> for each x the accuracies in percent, one a seed.
     """
-    figure = Figure(figsize=(2.5 * len(protocols), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(protocols), sharey=True)
-    for axis, protocol in zip(panels, protocols):
-        for i, arm in enumerate(arms):
-            mean, std = zip(*(mean_and_std(summary[protocol][arm]) for summary in summaries.values()))
-            axis.errorbar(sizes, mean, std, color=color_of(arms, i), marker="os^D"[i], ms=5, capsize=3, label=arm)
-        axis.set(xscale="log", xlabel="labelled images a class", title=protocol)
-        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    figure = Figure(figsize=(max(5, 2.5 * len(panels)), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, by_arm) in zip(axes, panels.items()):
+        for i, (arm, accuracies) in enumerate(by_arm.items()):
+            mean, std = zip(*map(mean_and_std, accuracies))
+            axis.errorbar(x, mean, std, color=color_of(list(by_arm), i), marker="os^D"[i], ms=5, capsize=3, label=arm)
+        axis.set(xscale="log", xlabel=xlabel, title=title)
+        axis.set_xticks(x, [f"{value:g}" for value in x])
         axis.minorticks_off()
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=len(arms), loc="outside upper center")
+    axes[0].set_ylabel("test accuracy (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside upper center")
     figure.supxlabel(caption, fontsize=8, color=GRAY)
     save_figure(figure, path)
 

@@ -25,11 +25,12 @@ LOCK = ".lock"
 CHECKPOINTS = ("checkpoint.next.pt", "checkpoint.pt", "checkpoint.previous.pt")  # latest first; next only after a crash
 
 
-def run_folder(name: str) -> Path:
-    """The folder of the run `name`. Raises UsageError for a name that could lead out of the runs folder."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UsageError(f"RUN {name!r} is no run name: use letters, digits, '.', '_' and '-' ({flag('RUN')})")
-    return RUNS / name
+def run_folder(*names: str) -> Path:
+    """The folder of a run, or of several together. Raises UsageError for a name that could lead out of the runs folder."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise UsageError(f"RUN {name!r} is no run name: use letters, digits, '.', '_' and '-' ({flag('RUN')})")
+    return RUNS / ",".join(names)
 
 
 @contextlib.contextmanager

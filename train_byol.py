@@ -28,8 +28,9 @@ from runs import (Metrics, clear_run, only_writer, read_checkpoint, read_json, r
                   save_checkpoint, save_torch, stop_signals, write_json)
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile,
                    check_choice, check_ranges, choose_threads, constants_of, environment,
-                   extract_features, flag, knn_predict, plain_state_dict, progress, rank_0_first, run_script,
-                   seeded_generator, seeded_init, select_device, select_precision, set_rate, start_processes)
+                   extract_features, flag, gain_of, knn_predict, plain_state_dict, progress, rank_0_first, run_script,
+                   seeded_generator, seeded_init, select_device, select_precision, set_rate, start_processes,
+                   verdict_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
@@ -328,22 +329,14 @@ def percent(right: Tensor) -> float:
 
 
 def verdict(before: Tensor, after: Tensor, init: str) -> str:
-    """What pretraining did to kNN, in words, from which of the same images were right before and after it: bool [M].
-
-    The error is the standard error of the paired difference: only images whose answer changed contribute. A difference
-    of less than two of them is not told from none.
-    """
-    change = after.double() - before.double()
-    gain, error = 100 * change.mean().item(), math.nan
-    if len(change) > 1:
-        error = 100 * change.std().item() / math.sqrt(len(change))
-    line = f"kNN went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {error:.1f}: "
-    if not abs(gain) > 2 * error:  # nor where there is but one image, and no error
-        return line + f"{len(change):,} held-out images cannot tell whether pretraining changed it"
-    if gain > 0:
-        return line + "pretraining gained"
-    return line + "pretraining LOST; " + ("train for more EPOCHS: kNN falls at first" if init == "random" else
-                                          "lower LEARNING_RATE, raise BASE_DECAY to 1, or raise CROP_AREA")
+    """What pretraining did to kNN, in words, from which of the same images were right before and after it: bool [M]."""
+    gain, half = gain_of(after.double() - before.double())
+    line = f"kNN went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {half:.1f} (95%): "
+    return line + {"cannot tell": f"{len(after):,} held-out images cannot tell whether pretraining changed it",
+                   "gained": "pretraining gained",
+                   "LOST": "pretraining LOST; " + ("train for more EPOCHS: kNN falls at first" if init == "random" else
+                                                   "lower LEARNING_RATE, raise BASE_DECAY to 1, or raise CROP_AREA"),
+                   }[verdict_of(gain, half)]
 
 
 def check_constants(c: SimpleNamespace) -> None:

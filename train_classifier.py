@@ -2,37 +2,40 @@
 
     python train_classifier.py --demo            after train_byol.py --demo
     python train_classifier.py                   after train_byol.py
-    python train_classifier.py --run NAME        after train_byol.py --run NAME
+    python train_classifier.py --run A,B,C       after train_byol.py --run A, B and C, which differ in SEED alone
     python train_classifier.py --folds           STL-10's own protocol: its ten folds of 1,000 labelled images
 
-Both arms share the head's first weights, the order of the batches, the crops and the number of steps; they differ in
-the encoder they start from. Where that began with ImageNet weights or a file's, two more arms show what BYOL is to be
+Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes the
+rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began with ImageNet weights or a file's, two more arms show what BYOL is to be
 measured against: random weights, and those weights with nothing new but the BatchNorm statistics of these images. Dataset,
 encoder, init and image size are those of the run. Reported is the accuracy on the test images after the last epoch, never
 the best one.
 """
-import copy
+import base64
 import math
 import sys
+from itertools import product, starmap
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byol import CROP_DRAWS, crop_of, crop_resize, learning_rate, normalize, send
 from data import Split, fetch, load_folds, load_split, place
-from plots import plot_comparison, plot_label_efficiency, plot_neighbors
+from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
                    check_choice, check_ranges, choose_threads, constants_of, environment, extract_features, flag,
-                   knn_predict, load_encoder, plain_state_dict, progress, read_weights, run_script, seeded_generator,
-                   seeded_init, select_device, select_precision, set_rate)
+                   gain_of, knn_predict, load_encoder, plain_state_dict, progress, read_weights, run_script,
+                   seeded_generator, seeded_init, select_device, select_precision, set_rate, verdict_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
-RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared; results go there too
+RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
 DATASET = "stl10"  # stl10, patterns, or a folder with train/<class>/ and test/<class>/
 IMAGE_SIZE = 96  # pixels a side
 ENCODER = "resnet18"  # any torchvision ResNet by name
@@ -44,7 +47,7 @@ FOLDS = False  # learn from STL-10's ten predefined folds of 1,000 images, one a
 EPOCHS = 10  # passes over all labelled training images; a smaller budget takes as many steps
 BATCH_SIZE = 64  # images a step
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = 0.04  # peak rate per 256 images: a step uses this times BATCH_SIZE / 256
+LEARNING_RATE = (0.01, 0.04, 0.16)  # peak rates per 256 images, the best on held-out images is taken; or one
 WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the training; then a cosine to zero
 CROP_AREA = 0.3  # smallest share of an image that a training crop shows
@@ -53,112 +56,164 @@ DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
-DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=1e-2)
-FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS"}  # may change when a comparison goes on
+DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=(1e-2,))
+FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change when a comparison goes on
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
+MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
+HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm only", "with BYOL"
 FOLD = "fold"  # the budget of one of STL-10's folds
 PROBE_PENALTIES = tuple(10.0 ** e for e in range(-6, 2))  # L2 penalties that the linear probe chooses from
 
 
+class Cell(NamedTuple):
+    """One training of the comparison."""
+    seed: int
+    arm: str
+    labels: int | str
+    epochs: int
+
+
+class Task(NamedTuple):
+    """What all trainings of a comparison share."""
+    c: SimpleNamespace
+    train: Split
+    test: Split
+    device: torch.device
+    precision: torch.dtype
+    encoders: list[Path]  # one of each pretraining run
+    signals: list[int] = []
+
+
 def run(c: SimpleNamespace) -> None:
-    """Compare the arms with the constants `c`; each run's folder has one writer."""
-    folder = run_folder(c.RUN)
-    pretrained = adopt_run(c, folder)
+    """Compare the arms with the constants `c`; each folder of results has one writer."""
+    encoders = adopt_runs(c)
     check_constants(c)
     if c.FOLDS:
         c.SEEDS, c.LABELS_PER_CLASS = tuple(range(10)), (FOLD,)
+    if len(c.SEEDS) < len(encoders):
+        raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} are fewer than the runs {c.RUN}: give each run a seed")
+    folder = run_folder(*c.RUN.split(","))
     with only_writer(folder):
-        compare(c, folder, pretrained)
+        compare(c, folder, encoders)
 
 
-def compare(c: SimpleNamespace, folder: Path, pretrained: Path | None) -> None:
+def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     """Train what is missing of every seed, arm and budget; leaves the table, results.json, classifier.pt, figures."""
     device = select_device(c.DEVICE)
     precision = select_precision(c.PRECISION, device)
     threads = choose_threads(device)
-    train, test = (load_split(c.DATASET, split, c.DATA_ROOT, c.IMAGE_SIZE) for split in ("train", "test"))
-    for name, split in (("train", train), ("test", test)):
-        if split is None:
-            raise UserError(f"DATASET {c.DATASET!r} has no {name}/: the classifier needs {name}/<class>/ with images")
-    train, test = (split._replace(pixels=place(split.pixels, device)) for split in (train, test))
+    train, test = (load_labelled(c, split, device) for split in ("train", "test"))
     if c.BATCH_SIZE > len(train.labels):
         raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(train.labels)} training images: lower it")
     folds = load_folds(c.DATA_ROOT, len(train.labels)) if c.FOLDS else []
     budgets = affordable(c.LABELS_PER_CLASS, train)
     results = open_results(folder / "results.json", c, environment(device, precision))
-    records = results["records"]
-    arms = [BASELINE] if c.INIT == "random" else [RANDOM, BASELINE, BATCHNORM]
-    arms += [WITH_BYOL] * (pretrained is not None)
-    features = {}  # of arm and seed; an encoder that no seed changes is asked once
-
-    def features_of(arm: str, seed: int, encoder: nn.Module) -> tuple[Tensor, Tensor]:
-        varies = arm == RANDOM or arm == BASELINE and c.INIT == "random"
-        key = arm, seed if varies else c.SEEDS[0]
-        if key not in features:
-            features[key] = tuple(extract_features(encoder, split.pixels, device, precision).cpu()
-                                  for split in (train, test))
-        return features[key]
-
+    arms = ([BASELINE] if c.INIT == "random" else [RANDOM, BASELINE, BATCHNORM]) + [WITH_BYOL] * bool(encoders)
     print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
           f"classes\n{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in "
-          f"{str(precision).removeprefix('torch.')}{threads}", flush=True)
+          f"{results['environment']['precision']}{threads}", flush=True)
 
     with stop_signals() as signals:
-        for seed in c.SEEDS:
-            for arm in arms:
-                known = {r["labels"] for r in records if (r["arm"], r["seed"]) == (arm, seed)}
-                missing = [labels for labels in budgets if labels not in known]
-                if not missing:
-                    continue
-                encoder, feature_dim = build_arm(arm, seed, c, pretrained)
-                encoder = encoder.to(device, memory_format=torch.channels_last)
-                if arm == BATCHNORM:
-                    reestimate_batchnorm(encoder, train.pixels, device, precision)
-                train_features, test_features = features_of(arm, seed, encoder)
-                for labels in missing:
-                    subset = folds[seed] if labels == FOLD else draw_subset(train.labels, labels, seed)
-                    network = fine_tune(copy.deepcopy(encoder), feature_dim, train, subset, seed, c, device, precision,
-                                        signals, f"seed {seed}, {labels} labels, {arm}")
-                    bank, bank_labels = train_features[subset], train.labels[subset]
-                    probe, penalty = linear_probe(bank, bank_labels, len(train.classes), seed)
-                    record = {"arm": arm, "seed": seed, "labels": labels, "probe penalty": penalty} | score({
-                        "fine-tuning": extract_features(network, test.pixels, device, precision).cpu().argmax(dim=1),
-                        "linear probe": probe(test_features).argmax(dim=1),
-                        "kNN": knn_predict(bank, bank_labels, test_features, len(train.classes))}, test)
-                    if (arm, seed, labels) == (arms[-1], c.SEEDS[0], budgets[-1]):
-                        save_torch(folder / "classifier.pt", plain_state_dict(network))
-                    records.append(record)
-                    write_json(folder / "results.json", results)
-                    print(f"seed {seed} {labels:>4} labels {arm:<14}"
-                          + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
+        task = Task(c, train, test, device, precision, encoders, signals)
+        for cell in starmap(Cell, product(c.SEEDS, arms, budgets, [c.EPOCHS])):
+            if any(cell == cell_of(record) for record in results["records"]):
+                continue
+            subset = folds[cell.seed] if cell.labels == FOLD else draw_subset(train.labels, cell.labels, cell.seed)
+            rate = choose_rate(task, cell, subset, results["trials"])
+            record, network = train_cell(task, cell, subset, rate)
+            if cell == (c.SEEDS[0], arms[-1], budgets[-1], c.EPOCHS):
+                save_torch(folder / "classifier.pt", plain_state_dict(network))
+            results["records"].append(record)
+            write_json(folder / "results.json", results)
+            print(f"seed {cell.seed} {cell.labels:>4} labels {cell.arm:<14}"
+                  + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
 
-        results |= {"classes": train.classes, "summary": {str(b): summarize(records, b, c.SEEDS, arms) for b in budgets}}
-        write_json(folder / "results.json", results)
-        print_table(results["summary"], arms, c)
-        print_classes(records, train.classes, arms, budgets[-1], c.SEEDS)
-        plot_comparison(folder / "comparison.png", results["summary"][str(budgets[-1])], PROTOCOLS, arms,
-                        label_text(budgets[-1]) + "\n" + caption(c))
-        if len(budgets) > 1:
-            sizes = [len(train.labels) / len(train.classes) if b == "all" else b for b in budgets]
-            plot_label_efficiency(folder / "label_efficiency.png", results["summary"], sizes, PROTOCOLS, arms, caption(c))
-        if pretrained:
-            shown = [(arm, features_of(arm, c.SEEDS[0], build_arm(arm, c.SEEDS[0], c, pretrained)[0].to(device))[1])
-                     for arm in (BASELINE, WITH_BYOL)]
-            plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
-    if not pretrained:
+    report(task, folder, results, arms, budgets)
+    if not encoders:
         same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", *OF_THE_RUN) if name in c.given]
         command = " ".join(["python train_byol.py", *["--demo"] * c.demo, *same])
         print(f"\nThis is the half without BYOL. For the other: {command}, then this command again.")
 
 
-def build_arm(arm: str, seed: int, c: SimpleNamespace, pretrained: Path | None) -> tuple[nn.Module, int]:
-    """The encoder that an arm starts from, and the number of its features."""
+def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split:
+    found = load_split(c.DATASET, split, c.DATA_ROOT, c.IMAGE_SIZE)
+    if found is None:
+        raise UserError(f"DATASET {c.DATASET!r} has no {split}/: the classifier needs {split}/<class>/ with images")
+    return found._replace(pixels=place(found.pixels, device))
+
+
+def cell_of(record: dict) -> Cell:
+    return Cell(*(record[name] for name in Cell._fields))
+
+
+def build_arm(task: Task, arm: str, seed: int) -> tuple[nn.Module, int, Path | None]:
+    """The encoder that an arm starts from, the number of its features, and the file of BYOL's.
+
+    Of several pretraining runs each seed takes one, in turn, so that repetitions of the comparison share nothing.
+    """
+    c, path = task.c, None
     encoder, feature_dim = build_encoder(c.ENCODER, c.INIT if arm in (BASELINE, BATCHNORM) else "random", seed)
     if arm == WITH_BYOL:
-        load_encoder(encoder, read_weights(pretrained), pretrained)
-    return encoder, feature_dim
+        path = task.encoders[c.SEEDS.index(seed) % len(task.encoders)]
+        load_encoder(encoder, read_weights(path), path)
+    encoder = encoder.to(task.device, memory_format=torch.channels_last)
+    if arm == BATCHNORM:
+        reestimate_batchnorm(encoder, task.train.pixels, task.device, task.precision)
+    return encoder, feature_dim, path
+
+
+def train_cell(task: Task, cell: Cell, subset: Tensor, rate: float) -> tuple[dict, nn.Module]:
+    """One cell's record, which images each protocol got right among it, and the network that was fine-tuned."""
+    train, test = task.train, task.test
+    encoder, feature_dim, path = build_arm(task, cell.arm, cell.seed)
+    bank, queries = (extract_features(encoder, pixels, task.device, task.precision).cpu()
+                     for pixels in (fetch(train.pixels, subset, train.pixels.device), test.pixels))
+    probe, penalty = linear_probe(bank, train.labels[subset], len(train.classes), cell.seed)
+    network = fine_tune(encoder, feature_dim, train, subset, cell.seed, rate, task.c, task.device, task.precision,
+                        task.signals, f"seed {cell.seed}, {cell.labels} labels, {cell.arm}")
+    predicted = {"fine-tuning": extract_features(network, test.pixels, task.device, task.precision).cpu().argmax(dim=1),
+                 "linear probe": probe(queries).argmax(dim=1),
+                 "kNN": knn_predict(bank, train.labels[subset], queries, len(train.classes))}
+    record = cell._asdict() | {"run": path and path.parent.name, "rate": rate, "probe penalty": penalty}
+    record |= {name: accuracy(guess, test.labels) for name, guess in predicted.items()}
+    return record | {"right": {name: pack(guess == test.labels) for name, guess in predicted.items()}}, network
+
+
+def choose_rate(task: Task, cell: Cell, subset: Tensor, trials: list[dict]) -> float:
+    """The rate of LEARNING_RATE that is best for the cell's arm and budget, on held-out images of the first seed's subset.
+
+    `trials` holds what is known already, and takes on what is tried.
+    """
+    rates = task.c.LEARNING_RATE
+    if len(rates) == 1:
+        return rates[0]
+    key = {"arm": cell.arm, "labels": cell.labels, "epochs": cell.epochs}
+    known = [trial for trial in trials if trial.items() >= key.items()]
+    if not known:
+        known = [key | {"rate": rate, "held out": held_out_accuracy(task, cell, subset, rate)} for rate in rates]
+        trials += known
+        print(f"{cell.labels:>4} labels {cell.arm:<14}  held out"
+              + ",".join(f" {trial['held out']:.1f} at rate {trial['rate']:g}" for trial in known), flush=True)
+    return max(known, key=lambda trial: trial["held out"])["rate"]
+
+
+def held_out_accuracy(task: Task, cell: Cell, subset: Tensor, rate: float) -> float:
+    """Accuracy on fifths of the subset, each held out from a training of its own: as many as hold HELD_OUT images."""
+    train, seed = task.train, cell.seed
+    mixed = subset[torch.randperm(len(subset), generator=seeded_generator(seed, "held out"))]
+    mixed = mixed[train.labels[mixed].argsort(stable=True)]  # so that every fifth holds a fifth of each class
+    right = []
+    for fold in range(min(5, math.ceil(5 * HELD_OUT / len(subset)))):
+        chosen = torch.arange(len(mixed)) % 5 == fold
+        encoder, feature_dim, _ = build_arm(task, cell.arm, seed)
+        network = fine_tune(encoder, feature_dim, train, mixed[~chosen], seed, rate, task.c, task.device, task.precision,
+                            task.signals, f"{cell.labels} labels, {cell.arm}, rate {rate:g}")
+        pixels = fetch(train.pixels, mixed[chosen], train.pixels.device)
+        scores = extract_features(network, pixels, task.device, task.precision).cpu()
+        right.append(scores.argmax(dim=1) == train.labels[mixed[chosen]])
+    return 100 * torch.cat(right).double().mean().item()
 
 
 @torch.no_grad()
@@ -204,37 +259,56 @@ def draw_subset(labels: Tensor, per_class: int | str, seed: int) -> Tensor:
     return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
 
 
-def adopt_run(c: SimpleNamespace, folder: Path) -> Path | None:
-    """Set `c`'s dataset, encoder, init and image size to those of the pretraining run; returns its encoder.pt.
+def adopt_runs(c: SimpleNamespace) -> list[Path]:
+    """Set `c`'s dataset, encoder, init and image size to those of the pretraining runs; returns their encoder.pt files.
 
-    None where there is no such run. Raises UsageError for a flag that contradicts the run's config.json.
+    None where there is no such run. Raises UsageError for a flag that contradicts a run's config.json, and for runs that
+    differ in more than their SEED.
     """
-    config = folder / "config.json"
-    if not config.exists():
-        return None
-    of_run = read_json(config, "constants")["constants"]
-    for name in OF_THE_RUN:
-        if name in c.given and getattr(c, name) != of_run[name]:
-            raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: leave the "
-                             "flag out, or pretrain a run with it")
-        setattr(c, name, of_run[name])
-    if not (folder / "encoder.pt").exists():
-        raise UserError(f"{folder} has no encoder.pt yet: its train_byol.py command, run again, finishes the pretraining")
-    return folder / "encoder.pt"
+    configs = [run_folder(name) / "config.json" for name in c.RUN.split(",")]
+    if len(configs) == 1 and not configs[0].exists():
+        return []
+    runs = [read_json(config, "constants")["constants"] for config in configs]
+    for config, of_run in zip(configs, runs):
+        for name in OF_THE_RUN:
+            if name in c.given and getattr(c, name) != of_run[name]:
+                raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: leave the "
+                                 "flag out, or pretrain a run with it")
+            setattr(c, name, of_run[name])
+        differ = [f"{name} {runs[0].get(name)} and {of_run.get(name)}" for name in runs[0].keys() | of_run.keys()
+                  if name not in MAY_DIFFER and runs[0].get(name) != of_run.get(name)]
+        if differ:
+            raise UsageError(f"RUN {c.RUN}: {configs[0]} and {config} differ in {', '.join(sorted(differ))}; runs that are "
+                             "compared together differ in SEED alone")
+        if not config.with_name("encoder.pt").exists():
+            raise UserError(f"{config.parent} has no encoder.pt yet: its train_byol.py command, run again, finishes the "
+                            "pretraining")
+    if len({of_run["SEED"] for of_run in runs}) < len(runs):
+        raise UsageError(f"RUN {c.RUN}: two of these runs have the same SEED, and so are one")
+    return [config.with_name("encoder.pt") for config in configs]
 
 
 def open_results(path: Path, c: SimpleNamespace, where: dict) -> dict:
     """Results so far: a comparison goes on at the first seed, arm or budget that is missing."""
     if c.overwrite or not path.exists():
-        return {"constants": constants_of(c), "environment": where, "records": []}
-    results = read_json(path, "records")
+        return {"constants": constants_of(c), "environment": where, "trials": [], "records": []}
+    results = read_json(path, "trials")
     same_constants(results["constants"] | {"precision": results["environment"]["precision"]},
                    constants_of(c) | {"precision": where["precision"]}, path, FREE)
     return results | {"constants": constants_of(c)}
 
 
-def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor, seed: int, c: SimpleNamespace,
-              device: torch.device, precision: torch.dtype, signals: list[int] = (), title: str = "") -> nn.Module:
+def pack(right: Tensor) -> str:
+    """bool [N] as text: a bit an image, in base64."""
+    return base64.b64encode(np.packbits(right.numpy())).decode()
+
+
+def unpack(text: str, n: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n)).bool()
+
+
+def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor, seed: int, rate: float,
+              c: SimpleNamespace, device: torch.device, precision: torch.dtype, signals: list[int] = (), title: str = "") -> nn.Module:
     """Train encoder and a new head on the images `subset` of `train`; returns the encoder with the head as its `fc`.
 
     The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
@@ -248,7 +322,7 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor
     warmup_steps = min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
     batch_size = min(c.BATCH_SIZE, len(subset))
     steps_per_pass, size = len(subset) // batch_size, train.pixels.shape[-1]
-    peak = c.LEARNING_RATE * batch_size / 256
+    peak = rate * batch_size / 256
     optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
     with progress(total=total_steps, desc=title, unit="step") as bar:
         for step in range(total_steps):
@@ -271,14 +345,6 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor
                 raise Stopped("stopped: the results so far are kept, and the same command continues from there",
                               signals[0])
     return network
-
-
-def score(predicted: dict[str, Tensor], test: Split) -> dict:
-    """Test accuracy in percent of each protocol's predictions [N], and of each class by itself."""
-    of_class = [test.labels == k for k in range(len(test.classes))]
-    by_class = {name: [accuracy(guess[chosen], test.labels[chosen]) for chosen in of_class]
-                for name, guess in predicted.items()}
-    return {name: accuracy(guess, test.labels) for name, guess in predicted.items()} | {"by class": by_class}
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Module, float]:
@@ -319,14 +385,51 @@ def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float)
     return head.requires_grad_(False)
 
 
-def summarize(records: list[dict], labels: int | str, seeds: tuple[int, ...], arms: list[str]) -> dict:
-    """protocol -> arm -> accuracies in percent, one a seed, at one budget; `gain` is BYOL's over the baseline."""
-    of = {(r["arm"], r["seed"]): r for r in records if r["labels"] == labels}
-    summary = {protocol: {arm: [of[arm, seed][protocol] for seed in seeds] for arm in arms} for protocol in PROTOCOLS}
+def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, arms: list[str], n: int) -> dict:
+    """protocol -> arm -> accuracies in percent, one a seed, at one budget; also BYOL's `gain` over the baseline, seed by
+    seed, and its `interval`: mean, and half of the 95% interval over seeds and the `n` test images."""
+    of = {arm: [cells[Cell(seed, arm, labels, c.EPOCHS)] for seed in c.SEEDS] for arm in arms}
+    summary = {protocol: {arm: [record[protocol] for record in of[arm]] for arm in arms} for protocol in PROTOCOLS}
     if WITH_BYOL in arms:
-        for by_arm in summary.values():
-            by_arm["gain"] = [after - before for before, after in zip(by_arm[BASELINE], by_arm[WITH_BYOL])]
+        names = [record["run"] for record in of[WITH_BYOL]]
+        for protocol, by_arm in summary.items():
+            before, after = (torch.stack([unpack(record["right"][protocol], n) for record in of[arm]]).double()
+                             for arm in (BASELINE, WITH_BYOL))
+            gains = after - before
+            if len(set(names)) > 1:  # seeds that share a run are no independent repetitions
+                gains = torch.stack([gains[[name == run for name in names]].mean(dim=0) for run in dict.fromkeys(names)])
+            by_arm |= {"gain": [b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])], "interval": gain_of(gains)}
     return summary
+
+
+def report(task: Task, folder: Path, results: dict, arms: list[str], budgets: list[int | str]) -> None:
+    """The table, its numbers in results.json, and the figures, all from the records."""
+    c, test = task.c, task.test
+    cells = {cell_of(record): record for record in results["records"]}
+    summary = {str(labels): summarize(cells, labels, c, arms, len(test.labels)) for labels in budgets}
+    write_json(folder / "results.json", results | {"classes": test.classes, "summary": summary})
+    print_table(summary, arms, c)
+    print_classes(cells, test, arms, budgets[-1], c)
+    plot_comparison(folder / "comparison.png", summary[str(budgets[-1])], PROTOCOLS, arms,
+                    label_text(budgets[-1]) + "\n" + caption(c))
+    if len(budgets) > 1:
+        sizes = [len(task.train.labels) / len(test.classes) if labels == "all" else labels for labels in budgets]
+        plot_lines(folder / "label_efficiency.png", {protocol: {arm: [summary[str(labels)][protocol][arm] for labels in
+                                                                      budgets] for arm in arms} for protocol in PROTOCOLS},
+                   sizes, "labelled images a class", caption(c))
+    lengths = sorted({cell.epochs for cell in cells})
+    lengths = [epochs for epochs in lengths
+               if all(Cell(*rest, epochs) in cells for rest in product(c.SEEDS, arms, budgets))]
+    if len(lengths) > 1:
+        steps = [epochs * (len(task.train.labels) // c.BATCH_SIZE) for epochs in lengths]
+        plot_lines(folder / "steps.png", {label_text(labels): {arm: [[cells[Cell(seed, arm, labels, epochs)]["fine-tuning"]
+                                                                      for seed in c.SEEDS] for epochs in lengths]
+                                                               for arm in arms} for labels in budgets},
+                   steps, "fine-tuning steps", caption(c))
+    if task.encoders:
+        shown = [(arm, extract_features(build_arm(task, arm, c.SEEDS[0])[0], test.pixels, task.device, task.precision).cpu())
+                 for arm in (BASELINE, WITH_BYOL)]
+        plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
 
 
 def mean_std(values: list[float]) -> str:
@@ -334,32 +437,34 @@ def mean_std(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def mean_error(gains: list[float]) -> str:
-    """'+8.9 ± 2.0', mean of the paired differences and its standard error."""
-    return f"{mean(gains):+.1f}" + (f" ± {stdev(gains) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else "")
-
-
 def print_table(summary: dict, arms: list[str], c: SimpleNamespace) -> None:
-    print("\nlabels  test accuracy (%)" + "".join(protocol.rjust(17) for protocol in PROTOCOLS))
+    def row(labels: int | str, name: str, texts: list[str]) -> None:
+        print(f"{labels:>6}  {name:<17}" + "".join(text.rjust(17) for text in texts))
+
+    print()
+    row("labels", "test accuracy (%)", PROTOCOLS)
     for labels, by_protocol in summary.items():
-        for row in arms + ["gain"] * (WITH_BYOL in arms):
-            form = mean_error if row == "gain" else mean_std
-            print(f"{labels:>6}  {row:<17}" + "".join(form(by_protocol[protocol][row]).rjust(17) for protocol in PROTOCOLS))
+        for arm in arms:
+            row(labels, arm, [mean_std(by_arm[arm]) for by_arm in by_protocol.values()])
+        if WITH_BYOL in arms:
+            intervals = [by_arm["interval"] for by_arm in by_protocol.values()]
+            row(labels, "gain", [f"{gain:+.1f} ± {half:.1f}" for gain, half in intervals])
+            row("", "", [verdict_of(*interval) for interval in intervals])
     print("\n" + caption(c))
-    if WITH_BYOL in arms and len(c.SEEDS) > 1:
-        print("gain: mean of the differences, seed by seed, ± its standard error")
+    if WITH_BYOL in arms:
+        covered = "runs, seeds and" if "," in c.RUN else "seeds and" if len(c.SEEDS) > 1 else "the"
+        print(f"gain: ± half of its 95% interval over {covered} test images")
 
 
-def print_classes(records: list[dict], classes: list[str], arms: list[str], labels: int | str,
-                  seeds: tuple[int, ...]) -> None:
+def print_classes(cells: dict[Cell, dict], test: Split, arms: list[str], labels: int | str, c: SimpleNamespace) -> None:
     """Accuracy of each class after fine-tuning, mean over the seeds, where the classes fit a screen."""
-    if len(classes) > 20:
+    if len(test.classes) > 20:
         return
-    print(f"\n{label_text(labels) + ', fine-tuned':<25}" + "".join(arm.rjust(17) for arm in arms))
-    for k, name in enumerate(classes):
-        means = [mean(r["by class"]["fine-tuning"][k] for r in records
-                      if (r["arm"], r["labels"]) == (arm, labels) and r["seed"] in seeds) for arm in arms]
-        print(f"{name[:24]:<25}" + "".join(f"{value:17.1f}" for value in means))
+    right = [torch.stack([unpack(cells[Cell(seed, arm, labels, c.EPOCHS)]["right"]["fine-tuning"], len(test.labels))
+                          for seed in c.SEEDS]).double().mean(dim=0) for arm in arms]
+    print(f"\n{label_text(labels)}, fine-tuned, by class\n{'':20}" + "".join(arm.rjust(15) for arm in arms))
+    for k, name in enumerate(test.classes):
+        print(f"{name[:19]:<20}" + "".join(f"{100 * of_arm[test.labels == k].mean():15.1f}" for of_arm in right))
 
 
 def label_text(labels: int | str) -> str:
@@ -368,12 +473,13 @@ def label_text(labels: int | str) -> str:
 
 def caption(c: SimpleNamespace) -> str:
     """What the numbers are, for table and figures, in lines of at most 80 characters."""
-    seeds = ", ".join(map(str, c.SEEDS))
+    seeds, runs = ", ".join(map(str, c.SEEDS)), c.RUN.count(",") + 1
     spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights"
               if len(c.SEEDS) > 1 else f"seed {seeds}")
     data = Path(c.DATASET).resolve().name  # a folder's name says enough, and a path may be long
     return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {c.INIT} weights\n{spread}\n"
-            f"one pretraining run; fine-tuned for {c.EPOCHS} epochs, the last one reported")
+            f"{'one pretraining run' if runs == 1 else f'{runs} pretraining runs, in turn'}; fine-tuned for {c.EPOCHS} "
+            "epochs, the last one reported")
 
 
 def check_constants(c: SimpleNamespace) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -166,9 +167,10 @@ def check_ranges(constants: SimpleNamespace, **bounds: tuple[float, float]) -> N
     """Raise UsageError where a constant is not a finite number from low to high, both included."""
     for name, (low, high) in bounds.items():
         value = getattr(constants, name)
-        if not (low <= value <= high and math.isfinite(value)):
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not all(low <= v <= high and math.isfinite(v) for v in values):
             limit = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-            raise UsageError(f"{name} is {value}: it must be {limit} ({flag(name)})")
+            raise UsageError(f"{name} is {','.join(map(str, values))}: it must be {limit} ({flag(name)})")
 
 
 def check_choice(name: str, value: str, choices: list[str]) -> None:
@@ -447,6 +449,39 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: 
     votes = torch.zeros(len(queries), classes, device=queries.device)
     votes.scatter_add_(1, labels[nearest], torch.exp((similarity - 1) / temperature))  # -1: exp stays below 1
     return votes.argmax(dim=1)
+
+
+def gain_of(gains: Tensor) -> tuple[float, float]:
+    """Mean gain in percent and half of its 95% interval, from the gain of each image in each repetition: [R,N], or [N].
+
+    A gain is 1 where only the second arm is right, -1 where only the first is. Repetitions (seeds) and images are both
+    samples, and every repetition meets every image: a two-way analysis of variance tells what either contributes to the
+    mean's variance, and each contribution is widened by its own quantile of Student's t (Graybill & Wang 1980), since
+    three repetitions say little of their variance. Of a single repetition the interval covers the images alone.
+    """
+    gains = 100 * gains.double().view(-1, gains.shape[-1])
+    r, n = gains.shape
+    mean, of_image, of_repetition = gains.mean().item(), gains.mean(dim=0), gains.mean(dim=1)
+    if n == 1:
+        return mean, math.nan
+    images, repetitions = of_image.var().item() / n, 0.0
+    if r > 1:
+        rest = (gains - of_repetition[:, None] - of_image + mean).square().sum().item() / ((r - 1) * (n - 1))
+        images = max(0.0, images - rest / (r * n))  # what the repetitions' variance holds already
+        repetitions = t_quantile(0.975, r - 1) ** 2 * of_repetition.var().item() / r
+    return mean, math.sqrt(repetitions + t_quantile(0.975, n - 1) ** 2 * images)
+
+
+def t_quantile(p: float, freedom: int) -> float:
+    """Quantile of Student's t, by its density in the angle whose tangent is t / sqrt(freedom): cos^(freedom - 1)."""
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
+    below = np.cumsum(density := np.cos(angle).clip(0) ** (freedom - 1)) - density / 2
+    return math.sqrt(freedom) * math.tan(np.interp(p * below[-1], below, angle))
+
+
+def verdict_of(gain: float, half: float) -> str:
+    """A gain and half of its 95% interval in words."""
+    return "cannot tell" if not abs(gain) > half else "gained" if gain > 0 else "LOST"
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:

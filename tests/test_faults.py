@@ -195,7 +195,8 @@ def test_changed_constants_and_contradictions(finished, capsys):
             "a longer run is another run", "--overwrite")
     refused(capsys, train_classifier, ["--run", "tiny", *QUICK, "--image-size", "99"], 2, "--image-size 99 contradicts",
             "config.json", "16")
-    refused(capsys, train_classifier, ["--run", "tiny", *QUICK, "--seeds", "0", "--epochs", "9"], 1, "EPOCHS 2 -> 9")
+    refused(capsys, train_classifier, ["--run", "tiny", *QUICK, "--seeds", "0", "--crop-area", "0.9"], 1,
+            "CROP_AREA 0.3 -> 0.9")
 
 
 def test_a_config_that_is_not_ours(finished, capsys):

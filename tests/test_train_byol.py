@@ -316,22 +316,22 @@ def test_a_target_that_never_moves_is_the_first_network(tiny):
 
 @pytest.mark.parametrize("init", ["random", "imagenet"])
 def test_the_verdict_tells_gained_from_lost_and_from_neither(init):
-    """Of 1,000 images, 60 became right and 20 wrong: a difference of 4 points, with the error of McNemar's test."""
+    """Of 1,000 images, 60 became right and 20 wrong: a difference of 4 points, with 1.96 errors of McNemar's test."""
     before = torch.arange(1000) < 500
     gained, level = before.clone(), before.clone()
     gained[500:560], gained[:20] = True, False
     level[500:540], level[:36] = True, False
-    error = 100 * math.sqrt((80 - 40 ** 2 / 1000) / 999 / 1000)
+    half = 196.2 * math.sqrt((80 - 40 ** 2 / 1000) / 999 / 1000)
     assert train_byol.verdict(before, gained, init) == (
-        f"kNN went from 50.0% to 54.0%, by +4.0 ± {error:.1f}: pretraining gained") and 0.85 < error < 0.95
+        f"kNN went from 50.0% to 54.0%, by +4.0 ± {half:.1f} (95%): pretraining gained") and 1.7 < half < 1.75
     lost = train_byol.verdict(gained, before, init)
-    assert "from 54.0% to 50.0%, by -4.0 ± 0.9: pretraining LOST; " in lost
+    assert "from 54.0% to 50.0%, by -4.0 ± 1.7 (95%): pretraining LOST; " in lost
     assert ("more EPOCHS" if init == "random" else "LEARNING_RATE") in lost
     assert train_byol.verdict(before, level, init) == (
-        "kNN went from 50.0% to 50.4%, by +0.4 ± 0.9: 1,000 held-out images cannot tell whether pretraining changed it")
+        "kNN went from 50.0% to 50.4%, by +0.4 ± 1.7 (95%): 1,000 held-out images cannot tell whether pretraining changed it")
     assert "cannot tell" in train_byol.verdict(before, before, init)
     one = torch.tensor([True])
-    assert "by -100.0 ± nan: 1 held-out images cannot tell" in train_byol.verdict(one, ~one, init)
+    assert "by -100.0 ± nan (95%): 1 held-out images cannot tell" in train_byol.verdict(one, ~one, init)
 
 
 def test_a_train_folder_that_changed_on_the_way_gets_no_verdict(tiny, monkeypatch, capsys):
@@ -370,7 +370,7 @@ def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monk
     monkeypatch.setattr(train_byol, "train_step", interrupted)
     assert tiny() == 143 and "kNN went" not in capsys.readouterr().out
     assert tiny() == 0
-    assert "kNN went from 10.0% to 90.0%, by +80.0 ± 4.0: pretraining gained" in capsys.readouterr().out
+    assert "kNN went from 10.0% to 90.0%, by +80.0 ± 8.0 (95%): pretraining gained" in capsys.readouterr().out
     assert [row["knn"] for row in rows("tiny")] == ["10.0", "50.0", "90.0"]
 
 

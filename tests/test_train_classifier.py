@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from conftest import small_encoder
 from data import Split, load_folds, load_split
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
-from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, draw_subset, fine_tune, fit_logistic,
-                              linear_probe, reestimate_batchnorm)
+from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, Cell, draw_subset, fine_tune, fit_logistic,
+                              linear_probe, pack, reestimate_batchnorm, unpack)
 from utils import accuracy, extract_features, knn_predict, read_constants
 
 CPU = torch.device("cpu")
-QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--labels-per-class", "all"]
+QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--labels-per-class", "all",
+         "--learning-rate", "0.04"]
 
 
 @pytest.fixture
@@ -61,13 +63,13 @@ def test_a_comparison_fills_the_runs_folder(pretrained, capsys):
             for arm in (BASELINE, WITH_BYOL):
                 of_arm = [r for r in found["records"] if (r["arm"], r["labels"]) == (arm, labels)]
                 assert by_arm[arm] == [r[protocol] for r in of_arm]
-                for r in of_arm:  # the test classes are equally large
-                    assert sum(r["by class"][protocol]) / len(found["classes"]) == pytest.approx(r[protocol])
+                for r in of_arm:
+                    assert 100 * unpack(r["right"][protocol], 20).double().mean().item() == pytest.approx(r[protocol])
             assert by_arm["gain"] == pytest.approx([b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])])
     out = capsys.readouterr().out
     table = out[out.index("labels  test accuracy"):]
     assert all(name in table for name in ("fine-tuning", "linear probe", "kNN", "±", "seeds 0, 1, 2", "gain",
-                                          "fine-tuned for 2 epochs, the last one", "all labels, fine-tuned"))
+                                          "95% interval over seeds and test images", "one pretraining run; fine-tuned for 2 epochs, the last one", "all labels, fine-tuned"))
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -126,10 +128,13 @@ def test_all_four_arms_reach_the_table_and_the_figures(images, capsys, monkeypat
     assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--init", "weights.pt", "--run", "tiny"]) == 0
     asked, reestimate = [], train_classifier.reestimate_batchnorm
     monkeypatch.setattr(train_classifier, "reestimate_batchnorm", lambda *a: asked.append(a) or reestimate(*a))
-    assert compare("--labels-per-class", "3,all", "--seeds", "0") == 0 and len(asked) == 1
+    capsys.readouterr()
+    assert compare("--labels-per-class", "3,all", "--seeds", "0") == 0 and len(asked) == 2
     rows = [*(arms := [RANDOM, BASELINE, BATCHNORM, WITH_BYOL]), "gain"]
     assert [r["arm"] for r in results()["records"]] == [arm for arm in arms for _ in range(2)]
-    table = capsys.readouterr().out.split("test accuracy (%)")[1]
+    out = capsys.readouterr().out
+    table = out.split("test accuracy (%)")[1]
+    assert max(map(len, out.splitlines())) <= 80
     assert [table.index(f"   all  {row} ") for row in rows] == sorted(table.index(f"   all  {row} ") for row in rows)
     assert {"comparison.png", "label_efficiency.png", "neighbors.png"} <= {p.name for p in Path("runs/tiny").iterdir()}
     for legend in (figures[-3].axes[0].get_legend(), figures[-2].legends[0]):
@@ -177,15 +182,21 @@ def test_budgets_that_no_class_can_pay_are_named(pretrained, capsys):
     assert "has only 10 training images; left out" in capsys.readouterr().out
 
 
-def test_accuracy_is_counted_for_all_and_for_each_class():
-    test = Split(torch.empty(5), torch.tensor([0, 0, 0, 1, 1]), ["a", "b"])
-    found = train_classifier.score({"kNN": torch.tensor([0, 1, 1, 1, 1])}, test)
-    assert found["kNN"] == 60 and found["by class"]["kNN"] == [pytest.approx(100 / 3), 100]
+def test_right_answers_survive_the_file():
+    right = torch.arange(21) % 4 == 0
+    assert torch.equal(unpack(json.loads(json.dumps(pack(right))), 21), right)
 
 
-def test_standard_error_and_deviation():
+def test_accuracy_of_each_class(capsys):
+    c = constants("--seeds", "0,1")
+    cells = {Cell(seed, BASELINE, 5, c.EPOCHS): {"right": {"fine-tuning": pack(torch.tensor(right))}}
+             for seed, right in ((0, [True, False, True, True, True]), (1, [True, False, False, False, True]))}
+    train_classifier.print_classes(cells, Split(torch.empty(5), torch.tensor([0, 0, 0, 1, 1]), ["a", "b"]), [BASELINE], 5, c)
+    assert re.findall(r"^([ab]) +([0-9.]+)$", capsys.readouterr().out, re.M) == [("a", "50.0"), ("b", "75.0")]
+
+
+def test_mean_and_deviation():
     assert train_classifier.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0" and train_classifier.mean_std([1.0]) == "1.0"
-    assert train_classifier.mean_error([1.0, 2.0, 3.0, 4.0]) == "+2.5 ± 0.6", "std 1.29 over the root of 4"
 
 
 def test_a_comparison_is_decided_by_its_seeds(pretrained):
@@ -264,6 +275,86 @@ def test_the_classifier_loads_into_plain_torchvision(tmp_path):
     network.load_state_dict(torch.load("runs/tiny/classifier.pt", weights_only=True), strict=True)
 
 
+# ------------------------------------------------------------------------------------------ rates, lengths, several runs
+
+def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pretrained, monkeypatch, capsys):
+    asked, best = [], {(BASELINE, 3): 0.2, (BASELINE, "all"): 0.05, (WITH_BYOL, 3): 0.1, (WITH_BYOL, "all"): 0.2}
+
+    def held_out(task, cell, subset, rate):
+        asked.append((cell.arm, cell.labels, rate))
+        assert cell.seed == 0 and len(subset) == {3: 6, "all": 20}[cell.labels]
+        return 50.0 + (rate == best[cell.arm, cell.labels])
+
+    tuned, tune = [], train_classifier.fine_tune
+    monkeypatch.setattr(train_classifier, "held_out_accuracy", held_out)
+    monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: tuned.append(args[5]) or tune(*args))
+    argv = ["--labels-per-class", "3,all", "--learning-rate", "0.05,0.1,0.2"]
+    assert compare(*argv, "--seeds", "0,1") == 0
+    assert asked == [(*key, rate) for key in best for rate in (0.05, 0.1, 0.2)], "once for all seeds"
+    assert [r["rate"] for r in results()["records"]] == [*best.values()] * 2 == tuned
+    assert "  3 labels with BYOL       held out 50.0 at rate 0.05, 51.0 at rate 0.1, 50.0 at rate 0.2" in capsys.readouterr().out
+    assert compare(*argv, "--seeds", "1,0,2") == 0 and len(asked) == 12, "nor for seeds that are added"
+    assert [trial["held out"] for trial in results()["trials"]].count(51) == 4
+
+
+@pytest.mark.parametrize("enough, folds", [(1, 1), (9, 3), (1000, 5)])
+def test_a_rate_is_judged_by_fifths_of_the_subset_that_were_held_out(monkeypatch, enough, folds):
+    """Balanced, disjoint, as many as are enough, and never by an image that was trained on or is for the test."""
+    monkeypatch.setattr(train_classifier, "HELD_OUT", enough)
+    monkeypatch.setattr(train_classifier, "build_encoder", small_encoder)
+    train, pairs = patterns(100), []
+    subset = draw_subset(train.labels, 2, 0)
+    tune, extract = train_classifier.fine_tune, train_classifier.extract_features
+    monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: pairs.append([args[3]]) or tune(*args))
+    monkeypatch.setattr(train_classifier, "extract_features", lambda n, pixels, *a: pairs[-1].append(pixels) or extract(n, pixels, *a))
+    c = constants("--init", "random")
+    task = train_classifier.Task(c, train, None, CPU, torch.float32, [])
+    accuracy = train_classifier.held_out_accuracy(task, Cell(0, BASELINE, 2, c.EPOCHS), subset, 0.04)
+    assert len(pairs) == folds and 0 <= accuracy <= 100
+    held_out = [next(i for i in subset.tolist() if torch.equal(train.pixels[i], image)) for _, images in pairs for image in images]
+    assert len(set(held_out)) == len(held_out) == 4 * folds
+    for fold, (fitted, _) in enumerate(pairs):
+        assert sorted(fitted.tolist() + held_out[4 * fold:4 * fold + 4]) == sorted(subset.tolist())
+
+
+def test_other_lengths_are_kept_beside_and_drawn_against_the_steps(pretrained, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_classifier, "plot_lines", lambda path, panels, x, *a: drawn.append((path.name, panels, x)))
+    assert compare("--seeds", "0") == 0 and not drawn
+    first = results()["records"]
+    assert compare("--seeds", "0", "--epochs", "4") == 0 and results()["records"][:2] == first
+    (name, panels, steps), = drawn
+    assert name == "steps.png" and steps == [4, 8] and panels.keys() == {"all labels"}
+    assert panels["all labels"][WITH_BYOL] == [[r["fine-tuning"] for r in results()["records"] if
+                                                (r["arm"], r["epochs"]) == (WITH_BYOL, epochs)] for epochs in (2, 4)]
+
+
+def test_runs_that_differ_in_their_seed_are_compared_together(images, capsys):
+    for seed in (3, 4):
+        assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", f"of{seed}", "--seed", str(seed)]) == 0
+    both = ["--run", "of3,of4"]
+    capsys.readouterr()
+    assert compare(*both, "--seeds", "0,1,2,3") == 0
+    found = json.loads(Path("runs/of3,of4/results.json").read_text())
+    assert [r["run"] for r in found["records"] if r["arm"] == WITH_BYOL] == ["of3", "of4", "of3", "of4"]
+    assert all(r["run"] is None for r in found["records"] if r["arm"] == BASELINE)
+    before, after = (torch.stack([unpack(r["right"]["kNN"], 20) for r in found["records"] if r["arm"] == arm]).double()
+                     for arm in (BASELINE, WITH_BYOL))
+    gains = after - before
+    expected = utils.gain_of(torch.stack([gains[0::2].mean(0), gains[1::2].mean(0)]))
+    assert found["summary"]["all"]["kNN"]["interval"] == pytest.approx(expected), "a run is one repetition"
+    out = capsys.readouterr().out
+    assert "2 pretraining runs, in turn" in out and "over runs, seeds and test images" in out
+    assert max(map(len, out.splitlines())) <= 80
+    for argv, needle in ((["--seeds", "0"], "fewer than the runs of3,of4"), (["--run", "of3,of3"], "the same SEED")):
+        assert compare(*both, *argv) == 2 and needle in capsys.readouterr().err
+    assert compare("--run", "of3,missing") == 1 and "runs/missing/config.json cannot be read" in capsys.readouterr().err
+    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", "other", "--seed", "5",
+                            "--crop-area", "0.5"]) == 0
+    assert compare("--run", "of3,other") == 2
+    assert "differ in CROP_AREA 0.08 and 0.5; runs that are compared together" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------- fairness
 
 ALL = torch.arange(40)
@@ -292,7 +383,7 @@ def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
         build = train_classifier.build_optimizer
         monkeypatch.setattr(train_classifier, "build_optimizer",
                             lambda *a: first.append(heads[0].weight.detach().clone()) or build(*a))
-        fine_tune(encoder, feature_dim, patterns(), ALL, 5, constants(), CPU, torch.float32)
+        fine_tune(encoder, feature_dim, patterns(), ALL, 5, 0.04, constants(), CPU, torch.float32)
         meetings.append((first[0], batches, torch.stack([box for box, _ in crops])))
         monkeypatch.undo()
     (head_a, batches_a, crops_a), (head_b, batches_b, crops_b) = meetings
@@ -304,7 +395,7 @@ def test_a_smaller_budget_takes_as_many_steps_and_only_its_own_images(monkeypatc
     batches, fetch = [], train_classifier.fetch
     monkeypatch.setattr(train_classifier, "fetch", lambda p, i, d: batches.append(i.tolist()) or fetch(p, i, d))
     encoder, feature_dim = small_encoder("", "random", 0)
-    fine_tune(encoder, feature_dim, patterns(), torch.tensor([3, 5, 9, 11, 20]), 0, constants(), CPU, torch.float32)
+    fine_tune(encoder, feature_dim, patterns(), torch.tensor([3, 5, 9, 11, 20]), 0, 0.04, constants(), CPU, torch.float32)
     assert len(batches) == 2 * 5 and all(sorted(batch) == [3, 5, 9, 11, 20] for batch in batches)
 
 
@@ -318,9 +409,9 @@ def test_identical_encoders_gain_exactly_nothing(pretrained, monkeypatch):
 def test_the_heads_differ_between_seeds_and_the_encoder_is_trained():
     encoder, feature_dim = small_encoder("", "random", 0)
     before = encoder.conv.weight.detach().clone()
-    a = fine_tune(encoder, feature_dim, patterns(), ALL, 0, constants(), CPU, torch.float32)
+    a = fine_tune(encoder, feature_dim, patterns(), ALL, 0, 0.04, constants(), CPU, torch.float32)
     assert not torch.equal(a.conv.weight, before)
-    b = fine_tune(small_encoder("", "random", 0)[0], feature_dim, patterns(), ALL, 1, constants(), CPU, torch.float32)
+    b = fine_tune(small_encoder("", "random", 0)[0], feature_dim, patterns(), ALL, 1, 0.04, constants(), CPU, torch.float32)
     assert not torch.equal(a.fc.weight, b.fc.weight)
 
 
@@ -345,10 +436,7 @@ def test_the_last_epoch_is_reported(pretrained, monkeypatch):
     calls, extract = [], train_classifier.extract_features
     monkeypatch.setattr(train_classifier, "extract_features", lambda e, p, *a: calls.append(len(p)) or extract(e, p, *a))
     compare("--seeds", "0")
-    assert len(calls) == 2 * 3  # an arm: training and test images for the frozen protocols, test images at the end
-    calls.clear()
-    compare("--seeds", "0,1", "--overwrite")
-    assert len(calls) == 4 * 3 - 2, "the pretrained encoder is the same for all seeds: its features are kept"
+    assert len(calls) == 2 * 3 + 2  # an arm: training and test images, frozen, and test images at the end; two for a figure
 
 
 def test_random_labels_are_learned_at_chance(images, generator):

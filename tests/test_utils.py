@@ -272,6 +272,38 @@ def test_the_tests_can_run_as_on_a_processor_of_the_other_kind(answer, printed):
 
 # -------------------------------------------------------------------------------------------------------- encoders
 
+def test_students_t():
+    for freedom, t in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (999, 1.96234), (7999, 1.96026)):
+        assert utils.t_quantile(0.975, freedom) == pytest.approx(t, rel=1e-4)
+
+
+@pytest.mark.parametrize("of_seed", [0.0, 0.3])  # how much a network differs from seed to seed
+@pytest.mark.parametrize("repetitions", [1, 3])
+def test_intervals_of_two_equal_arms_hold_0_in_95_percent_of_cases(generator, repetitions, of_seed):
+    """Seeds and images are drawn anew in every case; a single seed's interval promises nothing of other seeds."""
+    cases, images, holds = 400, 400, 0
+    for _ in range(cases):
+        difficulty = torch.randn(images, generator=generator)  # what both arms find hard
+        arms = [difficulty + of_seed * (repetitions > 1) * torch.randn(repetitions, 1, generator=generator)
+                + 0.3 * torch.randn(images, generator=generator)  # what this arm finds hard
+                + 0.7 * torch.randn(repetitions, images, generator=generator) for _ in range(2)]
+        gain, half = utils.gain_of((arms[1] > 0).double() - (arms[0] > 0).double())
+        holds += abs(gain) <= half
+    assert abs(holds / cases - 0.95) < 3 * math.sqrt(0.95 * 0.05 / cases)
+
+
+def test_an_interval_is_of_the_mean_gain_and_that_of_one_repetition_is_students():
+    gains = torch.tensor([1.0, 0, 0, -1, 1, 0, 0, 0, 0, 1])
+    mean, half = utils.gain_of(gains)
+    assert (mean, half) == (pytest.approx(20), pytest.approx(2.26216 * 100 * gains.std().item() / math.sqrt(10), rel=1e-4))
+    same = gains.expand(3, -1)  # seeds that agree on every image add nothing
+    assert utils.gain_of(same) == (pytest.approx(mean), pytest.approx(half))
+    shifted = torch.tensor([0.0, 1, -1])[:, None].expand(3, 10)  # images that agree in every seed add nothing
+    assert utils.gain_of(shifted) == (pytest.approx(0), pytest.approx(4.30265 * 100 / math.sqrt(3), rel=1e-4))
+    assert [utils.verdict_of(*x) for x in ((2, 1), (-2, 1), (1, 2), (0, 0), (0, math.nan))] == [
+        "gained", "LOST", "cannot tell", "cannot tell", "cannot tell"]
+
+
 def test_encoder_is_torchvisions_without_the_classifier():
     encoder, feature_dim = build_encoder("resnet18", "random", seed=3)
     assert feature_dim == 512 and encoder.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
