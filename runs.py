@@ -9,7 +9,8 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from types import SimpleNamespace
+from typing import Any, BinaryIO, Callable, Iterator, NoReturn
 
 try:
     import fcntl
@@ -17,8 +18,10 @@ except ImportError:  # Windows: no lock there
     fcntl = None
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from utils import UNREADABLE, CannotWrite, Stopped, UsageError, UserError, flag, one_line
+from utils import (UNREADABLE, CannotWrite, Stopped, UsageError, UserError, constants_of, flag, one_line, progress, say)
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -107,6 +110,16 @@ def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
         raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
                         "--overwrite to start anew" + (" (the schedules span all EPOCHS: a longer run is another run)"
                                                        if before.get("EPOCHS") != now.get("EPOCHS") else ""))
+
+
+def last_state(folder: Path, constants: dict, free: set[str]) -> dict | None:
+    """The latest checkpoint, None for a run that has none yet. Raises UserError where a run of other constants is there."""
+    state, config = read_checkpoint(folder), folder / "config.json"
+    if state:
+        same_constants(state["constants"], constants, folder / "checkpoint.pt", free)
+    elif config.exists():
+        same_constants(read_json(config, "constants")["constants"], constants, config, free)
+    return state
 
 
 def save_torch(path: Path, content: Any) -> None:
@@ -213,3 +226,132 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class Run:
+    """The bookkeeping of a training: where it stands, what its steps gave, and what lies on the disk of it.
+
+    What is trained it knows only as `parts`, by name, whose state a checkpoint holds; `facts` are whatever else one holds.
+    Of several processes all call the same methods, and rank 0 writes.
+    columns: of metrics.csv, next to step, epoch, loss and images_per_second. shown: of those columns that a line shows,
+    how. plot: draws curves.png from the columns.
+    """
+
+    def __init__(self, folder: Path, c: SimpleNamespace, steps_per_epoch: int, device: torch.device, parts: dict[str, Any],
+                 facts: dict[str, Any], columns: list[str], shown: dict[str, str], plot: Callable):
+        self.folder, self.c, self.steps_per_epoch, self.device = folder, c, steps_per_epoch, device
+        self.parts, self.facts, self.columns, self.shown, self.plot = parts, facts, columns, shown, plot
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.step, self.total_steps = 0, c.EPOCHS * steps_per_epoch
+        self.losses = []  # since the last row
+        self.pending = []  # still on the device: reading one makes the host wait
+        self.warned = False
+
+    def resume(self, state: dict) -> None:
+        """Take up the state of a checkpoint."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.losses = state["step"], state["losses"]
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, steps are counted and logged, and signals ask for a stop."""
+        self.metrics = Metrics(self.folder / "metrics.csv", self.columns, self.step) if self.rank == 0 else None
+        self.first = self.step  # of the steps since `logged`
+        self.logged = self.saved = self.plotted = self.told = time.monotonic()
+        batch = self.c.BATCH_SIZE
+        with stop_signals() as self.signals, progress(total=self.total_steps * batch, initial=self.step * batch,
+                                                      unit="image", unit_scale=True) as self.bar:
+            yield
+
+    @property
+    def epoch_ends(self) -> bool:
+        return self.step % self.steps_per_epoch == 0
+
+    @property
+    def row_is_due(self) -> bool:
+        return self.step % self.c.LOG_EVERY == 0 or self.epoch_ends
+
+    def count(self, loss: Tensor) -> None:
+        """A step is done. Losses are read, and the time is taken, when a row is due."""
+        self.pending.append(loss)
+        self.step += 1
+        self.bar.update(self.c.BATCH_SIZE)
+        if self.row_is_due:
+            self.read_losses()
+            self.speed = (self.step - self.first) * self.c.BATCH_SIZE / (time.monotonic() - self.logged)
+
+    def read_losses(self) -> None:
+        self.losses.extend(torch.stack(self.pending).tolist() if self.pending else [])
+        self.pending.clear()
+        sick = [not math.isfinite(loss) for loss in self.losses]
+        if any(sick):
+            self.refuse(f"the loss is no longer finite at step {self.step - len(sick) + 1 + sick.index(True)}")
+
+    def refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{what}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS or set PRECISION to fp32; the last checkpoint "
+                        f"in {self.folder} is kept")
+
+    def log(self, **numbers: float | str) -> None:
+        """A row of metrics.csv; at an epoch's end, or where there is no progress bar now and then, a line."""
+        row = dict(step=self.step, epoch=self.step / self.steps_per_epoch, loss=sum(self.losses) / len(self.losses),
+                   images_per_second=round(self.speed, 1)) | numbers
+        self.losses.clear()
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}")
+        if self.rank == 0:
+            self.metrics.append(**row)
+            if time.monotonic() - self.plotted > 60:
+                self.plot(self.folder / "curves.png", self.metrics.columns, self.c)
+                self.plotted = time.monotonic()
+        if self.epoch_ends or self.bar.disable and time.monotonic() - self.told > 30:
+            self.told = time.monotonic()
+            left = (self.total_steps - self.step) * self.c.BATCH_SIZE / self.speed / 60
+            say(f"epoch {row['epoch']:.2f} of {self.c.EPOCHS}  "
+                + "".join(text.format(row[name]) + "  " for name, text in self.shown.items() if row[name] != "")
+                + f"{self.speed:,.0f} images/s" + (f"  {left:.0f} min left" if left else ""))
+        self.first, self.logged = self.step, time.monotonic()
+
+    def warn(self, text: str) -> None:
+        """The first warning is printed; a run that ails would repeat it at every row."""
+        if not self.warned:
+            say(f"warning: {text}")
+        self.warned = True
+
+    def goes_on(self) -> bool:
+        """Save a checkpoint where one is due; False where a signal, to any of the processes, asks for a stop."""
+        if self.step < self.total_steps and time.monotonic() - self.saved > self.c.CHECKPOINT_MINUTES * 60:
+            self.save()
+            self.saved = time.monotonic()
+        if self.world == 1:
+            return not self.signals
+        if self.step % self.c.LOG_EVERY:
+            return True  # asking takes a message to all the others
+        asked = torch.tensor(len(self.signals), device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked.item() == 0
+
+    def check_health(self) -> None:
+        """Before anything is saved, so that a sick state never is."""
+        self.read_losses()
+        for part in self.parts.values():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+                self.refuse(f"weights are no longer finite after step {self.step}")
+
+    def save(self) -> None:
+        self.check_health()
+        if self.rank == 0:
+            self.metrics.flush()
+            save_checkpoint(self.folder, {name: part.state_dict() for name, part in self.parts.items()} | self.facts
+                            | {"step": self.step, "total_steps": self.total_steps, "losses": self.losses,
+                               "constants": constants_of(self.c)})
+
+    def finish(self, name: str, weights: dict[str, Tensor]) -> None:
+        """After the last step, write the weights and then the checkpoint that says so. Raises Stopped after any other."""
+        self.check_health()
+        if self.rank == 0 and self.step == self.total_steps:
+            save_torch(self.folder / name, weights)
+            self.plot(self.folder / "curves.png", self.metrics.columns, self.c)
+        self.save()
+        if self.step < self.total_steps:
+            raise Stopped(f"stopped after step {self.step} of {self.total_steps}: the same command continues from there",
+                          self.signals[0] if self.signals else signal.SIGTERM)

@@ -11,26 +11,23 @@ dict (encoder.pt), the curves, and a checkpoint; the same command again continue
 import contextlib
 import math
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from byol import VIEW_DRAWS, BYOL, learning_rate, render_views, send, target_decay, two_views
 from data import Split, batches, load_split, place
 from plots import plot_curves, plot_views
-from runs import (Metrics, clear_run, only_writer, read_checkpoint, read_json, run_folder, same_constants,
-                  save_checkpoint, save_torch, stop_signals, write_json)
-from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile,
-                   check_choice, check_ranges, choose_threads, constants_of, environment,
-                   extract_features, flag, gain_of, knn_predict, plain_state_dict, progress, rank_0_first, run_script,
-                   seeded_generator, seeded_init, select_device, select_precision, set_rate, start_processes,
-                   verdict_of)
+from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
+from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
+                   check_ranges, choose_threads, constants_of, environment, extract_features, flag, gain_of, knn_predict,
+                   name_of, plain_state_dict, rank_0_first, run_script, say, seeded_generator, seeded_init, select_device,
+                   select_precision, set_rate, start_processes, verdict_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
@@ -63,6 +60,7 @@ CHECKPOINT_MINUTES = 5.0  # between checkpoints
 DEMO = DEMO | dict(EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
                    WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
+SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%"}  # of these, in a line
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
 
@@ -82,163 +80,91 @@ def run(c: SimpleNamespace) -> None:
 
 def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, world: int) -> None:
     """Train from the last checkpoint where there is one, and fill the run's folder."""
-    config = folder / "config.json"
-    state = None if c.overwrite else read_checkpoint(folder)
-    finished = state and state["step"] == state["total_steps"]
-    if state and not finished and state.get("draws") != VIEW_DRAWS:
-        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: finish "
-                        "it with that version, or use --overwrite to start anew")
-    if state:
-        same_constants(state["constants"], constants_of(c), folder / "checkpoint.pt", FREE)
-    elif config.exists() and not c.overwrite:
-        same_constants(read_json(config, "constants")["constants"], constants_of(c), config, FREE)
-    if finished:
+    state = None if c.overwrite else last_state(folder, constants_of(c), FREE)
+    if state and state["step"] == state["total_steps"]:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
-
+    if state and state.get("draws") != VIEW_DRAWS:
+        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: finish "
+                        "it with that version, or use --overwrite to start anew")
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
     precision = getattr(torch, state["precision"]) if state else select_precision(c.PRECISION, device)
     threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
-
-    unlabeled, train = load_images(c)
-    images = place(unlabeled, device)
-    if train:
-        train = train._replace(pixels=images if train.pixels is unlabeled else place(train.pixels, device))
+    images, train = load_images(c, device)
     steps_per_epoch = len(images) // c.BATCH_SIZE  # the remainder is dropped
     if steps_per_epoch == 0:
         raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(images)} images: lower it")
-    total_steps = c.EPOCHS * steps_per_epoch
-    warmup_steps = min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
-    peak = c.LEARNING_RATE * c.BATCH_SIZE / 256
+    if state and state["images"] != len(images):
+        raise UserError(f"DATASET {c.DATASET!r} has {len(images)} images, and {state['images']} when {folder} was begun: "
+                        "bring them back, choose another RUN, or use --overwrite to start anew")
 
     with rank_0_first():
         model = build_model(c).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
-    step, losses, right_before = 0, [], None
+    optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY)
+    run = Run(folder, c, steps_per_epoch, device, parts={"model": model, "optimizer": optimizer}, columns=COLUMNS, shown=SHOWN,
+              plot=plot_curves, facts={"images": len(images), "draws": VIEW_DRAWS, "precision": name_of(precision),
+                                       "threads": torch.get_num_threads(), "world_size": world,
+                                       "right_before": None, "right": None})
     if state:
-        if state["images"] != len(images):
-            raise UserError(f"DATASET {c.DATASET!r} has {len(images)} images, and {state['images']} when {folder} was begun: "
-                            "bring them back, choose another RUN, or use --overwrite to start anew")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, losses, right_before = state["step"], state["losses"], state["right_before"]
+        run.resume(state)
+        run.facts |= {name: state.get(name) for name in ("right_before", "right")}
         if state["world_size"] != world:
             say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
         state = None  # its memory is not needed any more
-    network = distribute(model, device)
-
     say(f"BYOL: {len(images):,} images, {c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} epochs of "
-        f"{steps_per_epoch} steps, on {device} in {str(precision).removeprefix('torch.')}"
-        + threads + (f", from step {step} of {total_steps}" if step else ""))
-    draw = render_views
-    if can_compile(device) and total_steps - step >= MIN_STEPS_TO_COMPILE:
-        say("compiling for this GPU: the first step takes a minute or two")
-        draw = torch.compile(render_views)
-        if network is model:  # SyncBatchNorm cannot be traced
-            network = torch.compile(network)
+        f"{steps_per_epoch} steps, on {device} in {name_of(precision)}{threads}"
+        + (f", from step {run.step} of {run.total_steps}" if run.step else ""))
+    network, draw = compiled(distribute(model, device), model, device, run.total_steps - run.step)
+    watch = partial(monitor, train=train, seed=c.SEED, device=device, precision=precision) if train else None
     if rank == 0:
         if c.overwrite:  # only now, when everything that could be wrong has been looked at
             clear_run(folder)
-        where = environment(device, precision)
-        write_json(config, {"constants": constants_of(c), "environment": where, "world_size": world})
+        write_json(folder / "config.json", {"constants": constants_of(c), "environment": environment(device, precision)})
         sample = images[:12].to(device)
         plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
-                                                                     c.CROP_AREA, c.BLUR_P))
-        metrics = Metrics(folder / "metrics.csv", COLUMNS, step)
-        if step == 0 and train:  # what BYOL has to rise above
-            right_before = monitor(model.online_encoder, train, c.SEED, device, precision)
-            knn = percent(right_before)
-            metrics.append(step=0, epoch=0, knn=knn)
+                                                            c.CROP_AREA, c.BLUR_P))
+    with run.recording():
+        if run.step == 0 and watch and rank == 0:  # what BYOL has to rise above
+            run.facts["right_before"] = watch(model.online_encoder)
+            knn = percent(run.facts["right_before"])
+            run.metrics.append(step=0, epoch=0, knn=knn)
             say(f"kNN {knn:.1f}% before the first step")
-
-    pending = []  # losses still on the device: reading one makes the host wait
-    logged = saved = plotted = told = time.monotonic()
-    warned = False
-
-    def read_losses() -> None:
-        losses.extend(torch.stack(pending).tolist() if pending else [])
-        pending.clear()
-        sick = [not math.isfinite(loss) for loss in losses]
-        if any(sick):
-            first_sick = step - len(losses) + 1 + sick.index(True)
-            raise UserError(f"the loss is no longer finite at step {first_sick}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS "
-                            f"or set PRECISION to fp32; the last checkpoint in {folder} is kept")
-
-    def check_health() -> None:  # before anything is saved, so that a sick state never is
-        read_losses()
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise UserError(f"weights are no longer finite after step {step}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS or "
-                            f"set PRECISION to fp32; the last checkpoint in {folder} is kept")
-
-    def save() -> None:
-        check_health()
-        if rank == 0:
-            metrics.flush()
-            save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                     "total_steps": total_steps, "losses": losses, "images": len(images),
-                                     "draws": VIEW_DRAWS, "precision": str(precision).removeprefix("torch."),
-                                     "threads": torch.get_num_threads(), "world_size": world,
-                                     "right_before": right_before, "constants": constants_of(c)})
-
-    with stop_signals() as signals, progress(total=total_steps * c.BATCH_SIZE, initial=step * c.BATCH_SIZE,
-                                             unit="image", unit_scale=True) as bar:
-        first = step  # of the steps since `logged`
-        indices = batch_indices(c.SEED, len(images), c.BATCH_SIZE, step, total_steps, rank, world)
-        for batch in batches(images, indices, device):
-            views = two_views(batch, c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank), c.CROP_AREA,
-                              c.BLUR_P, draw)
-            rate = learning_rate(step, total_steps, warmup_steps, peak)
-            tau = target_decay(step, total_steps, c.BASE_DECAY)
-            pending.append(train_step(network, model, optimizer, views, rate, tau, precision))
-            step += 1
-            bar.update(c.BATCH_SIZE)
-
-            epoch_ends = step % steps_per_epoch == 0
-            if step % c.LOG_EVERY == 0 or epoch_ends:
-                read_losses()
-                speed = (step - first) * c.BATCH_SIZE / (time.monotonic() - logged)
-                knn = ""
-                if epoch_ends and train:
-                    right = monitor(model.online_encoder, train, c.SEED, device, precision)
-                    knn = percent(right)
-                row = dict(step=step, epoch=step / steps_per_epoch, loss=sum(losses) / len(losses), learning_rate=rate,
-                           decay=tau, spread=model.spread.item(), knn=knn, images_per_second=round(speed, 1))
-                losses.clear()
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
-                if rank == 0:
-                    metrics.append(**row)
-                if epoch_ends or bar.disable and time.monotonic() - told > 30:  # without a bar, a line now and then
-                    told = time.monotonic()
-                    left = (total_steps - step) * c.BATCH_SIZE / speed / 60
-                    say(f"epoch {row['epoch']:.2f} of {c.EPOCHS}  loss {row['loss']:.3f}  spread {row['spread']:.3f}  "
-                        + (f"kNN {knn:.1f}%  " if knn != "" else "") + f"{speed:,.0f} images/s"
-                        + (f"  {left:.0f} min left" if left else ""))
-                if row["spread"] < 0.1 * c.PROJECTION_DIM ** -0.5 and not warned:
-                    warned = True
-                    say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f} where "
-                        f"{c.PROJECTION_DIM ** -0.5:.3f} is healthy; lower LEARNING_RATE or raise BASE_DECAY")
-                if rank == 0 and time.monotonic() - plotted > 60:
-                    plot_curves(folder / "curves.png", metrics.columns, c)
-                    plotted = time.monotonic()
-                first, logged = step, time.monotonic()
-            if step < total_steps and time.monotonic() - saved > c.CHECKPOINT_MINUTES * 60:
-                save()
-                saved = time.monotonic()
-            if world == 1 and signals or step % c.LOG_EVERY == 0 and any_rank(signals, device):
-                break
-
-        check_health()
-        if rank == 0 and step == total_steps:  # before the last checkpoint, which says that the run is finished
-            save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))
-            plot_curves(folder / "curves.png", metrics.columns, c)
-        save()
-    if step < total_steps:
-        raise Stopped(f"stopped after step {step} of {total_steps}: the same command continues from there",
-                      signals[0] if signals else 15)
-    if train and right_before is not None and len(right_before) == len(right):  # not where train/ changed on the way
-        say(verdict(right_before, right, c.INIT))
+        train_epochs(c, run, images, model, network, optimizer, precision, draw, watch)
+        run.finish("encoder.pt", plain_state_dict(model.online_encoder))
+    before, after = run.facts["right_before"], run.facts["right"]
+    if before is not None and after is not None and len(before) == len(after):  # not where train/ changed on the way
+        say(verdict(before, after, c.INIT))
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
         + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
+
+
+def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, network: nn.Module,
+                 optimizer: torch.optim.Optimizer, precision: torch.dtype, draw: Callable, watch: Callable | None) -> None:
+    """BYOL, from the step where the run stands to its last, or until it is asked to stop.
+
+    network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: of an
+    encoder, which held-out images kNN gets right.
+    """
+    warmup_steps = min(round(c.WARMUP_EPOCHS * run.steps_per_epoch), run.total_steps // 2)
+    indices = batch_indices(c.SEED, len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
+    for batch in batches(images, indices, run.device):
+        generator = seeded_generator(c.SEED, "views", run.step, run.rank)
+        views = two_views(batch, c.IMAGE_SIZE, generator, c.CROP_AREA, c.BLUR_P, draw)
+        rate = learning_rate(run.step, run.total_steps, warmup_steps, c.LEARNING_RATE * c.BATCH_SIZE / 256)
+        tau = target_decay(run.step, run.total_steps, c.BASE_DECAY)
+        loss = train_step(network, model, optimizer, views, rate, tau, precision)
+        run.count(loss)
+        if run.row_is_due:
+            knn = ""
+            if run.epoch_ends and watch:
+                run.facts["right"] = watch(model.online_encoder)
+                knn = percent(run.facts["right"])
+            run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), knn=knn)
+            if spread < 0.1 * c.PROJECTION_DIM ** -0.5:
+                run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} is "
+                         "healthy; lower LEARNING_RATE or raise BASE_DECAY")
+        if not run.goes_on():
+            return
 
 
 def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],
@@ -256,15 +182,6 @@ def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer
     optimizer.step()
     model.update_target(tau)
     return loss.detach()
-
-
-def any_rank(signals: list[int], device: torch.device) -> bool:
-    """Whether any process was asked to stop; all of them must ask this after the same step."""
-    if not dist.is_initialized():
-        return False
-    asked = torch.tensor(len(signals), device=device)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return asked.item() > 0
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
@@ -301,14 +218,26 @@ def distribute(model: BYOL, device: torch.device) -> nn.Module:
                                                broadcast_buffers=False)
 
 
-def load_images(c: SimpleNamespace) -> tuple[Tensor, Split | None]:
+def compiled(network: nn.Module, model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
+    """The network and render_views, compiled where that pays in so many steps."""
+    if not can_compile(device) or steps < MIN_STEPS_TO_COMPILE:
+        return network, render_views
+    say("compiling for this GPU: the first step takes a minute or two")
+    # SyncBatchNorm cannot be traced
+    return torch.compile(network) if network is model else network, torch.compile(render_views)
+
+
+def load_images(c: SimpleNamespace, device: torch.device) -> tuple[Tensor, Split | None]:
     """Images to pretrain on, and the labelled training split for the kNN monitor, if there is one."""
     with rank_0_first():
         train = load_split(c.DATASET, "train", c.DATA_ROOT, c.IMAGE_SIZE)
         unlabeled = load_split(c.DATASET, "unlabeled", c.DATA_ROOT, c.IMAGE_SIZE) or train
     if unlabeled is None:
         raise UserError(f"DATASET {c.DATASET!r} has neither unlabeled/ nor train/: there are no images to pretrain on")
-    return unlabeled.pixels, train
+    images = place(unlabeled.pixels, device)
+    if train:
+        train = train._replace(pixels=images if train is unlabeled else place(train.pixels, device))
+    return images, train
 
 
 def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, precision: torch.dtype) -> Tensor:
@@ -352,12 +281,6 @@ def check_constants(c: SimpleNamespace) -> None:
         raise UsageError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto or batch "
                          "(--batchnorm)")
     check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
-
-
-def say(line: str) -> None:
-    """Print a line above the progress bar, from rank 0 alone."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(line)
 
 
 def main(argv: list[str] | None = None) -> int:

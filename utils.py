@@ -223,6 +223,10 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+def name_of(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 itself: CUDA from compute capability 8, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
@@ -324,7 +328,7 @@ def environment(device: torch.device, precision: torch.dtype) -> dict:
     """Versions and hardware, to be kept beside a result."""
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "device": str(device), "hardware": hardware_name(device), "threads": torch.get_num_threads(),
-            "precision": str(precision).removeprefix("torch."),
+            "precision": name_of(precision),
             "world_size": dist.get_world_size() if dist.is_initialized() else 1}
 
 
@@ -341,6 +345,12 @@ def hardware_name(device: torch.device) -> str:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Forward passes inside run in `precision`; weights stay fp32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar, from rank 0 alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(line)
 
 
 def progress(iterable=None, **options) -> tqdm:

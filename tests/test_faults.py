@@ -217,7 +217,7 @@ def test_a_checkpoint_of_an_earlier_version_is_told_apart(stopped, capsys):
     """Its views were drawn from other numbers, and it knew fewer constants; a finished run needs neither."""
     for path in Path("runs").glob("*/checkpoint*.pt"):
         state = torch.load(path, weights_only=True)
-        for key in ("draws", "precision", "threads", "right_before"):
+        for key in ("draws", "precision", "threads", "right_before", "right"):
             del state[key]
         del state["constants"]["BATCHNORM"]
         torch.save(state, path)
@@ -282,14 +282,14 @@ def test_a_full_disk_at_the_very_end_can_be_mended(tmp_path, small, monkeypatch)
     """A run is finished only once its encoder is there."""
     write_folder(tmp_path / "images", unlabeled=20)
     argv = ["--dataset", "images", *TINY, "--checkpoint-minutes", "0"]
-    save = train_byol.save_torch
+    save = runs.save_torch
 
     def full(path, content):
         raise utils.UserError("disk full")
 
-    monkeypatch.setattr(train_byol, "save_torch", full)
+    monkeypatch.setattr(runs, "save_torch", full)
     assert train_byol.main(argv) == 1 and not Path("runs/byol/encoder.pt").exists()
-    monkeypatch.setattr(train_byol, "save_torch", save)
+    monkeypatch.setattr(runs, "save_torch", save)
     assert train_byol.main(argv) == 0 and Path("runs/byol/encoder.pt").exists()
 
 

@@ -58,7 +58,7 @@ def test_a_run_fills_its_folder(tiny, capsys):
     assert {p.name for p in Path("runs/tiny").iterdir()} == {".lock", "config.json", "metrics.csv", "checkpoint.pt",
                                                              "encoder.pt", "views.png", "curves.png"}
     config = json.loads(Path("runs/tiny/config.json").read_text())
-    assert config["constants"]["BATCH_SIZE"] == 8 and config["world_size"] == 1
+    assert config["constants"]["BATCH_SIZE"] == 8 and config["environment"]["world_size"] == 1
     assert config["environment"]["torch"] == torch.__version__
     table = rows("tiny")
     assert [row["step"] for row in table] == ["0", "2", "4"], "20 images make two batches of 8; the remainder is dropped"
@@ -336,7 +336,7 @@ def test_the_verdict_tells_gained_from_lost_and_from_neither(init):
 
 def test_a_train_folder_that_changed_on_the_way_gets_no_verdict(tiny, monkeypatch, capsys):
     answers = iter([torch.tensor([True] * 10), *[torch.tensor([True] * 11)] * 2])
-    monkeypatch.setattr(train_byol, "monitor", lambda *args: next(answers))
+    monkeypatch.setattr(train_byol, "monitor", lambda *args, **rest: next(answers))
     assert tiny() == 0 and "kNN went" not in capsys.readouterr().out
 
 
@@ -358,7 +358,7 @@ def test_a_run_of_several_processes_gives_its_threads_to_as_many_alone(tiny, mon
 def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monkeypatch, capsys):
     answers = iter([torch.tensor([True] * 10 + [False] * 90), torch.tensor([True] * 50 + [False] * 50),
                     torch.tensor([True] * 90 + [False] * 10)])
-    monkeypatch.setattr(train_byol, "monitor", lambda *args: next(answers))
+    monkeypatch.setattr(train_byol, "monitor", lambda *args, **rest: next(answers))
     step, calls = train_byol.train_step, []
 
     def interrupted(*args):
@@ -441,7 +441,7 @@ train_byol.train_step, data.fetch = hashed, recorded
         shares = taken0[8 * epoch:8 * epoch + 8] + taken1[8 * epoch:8 * epoch + 8]
         assert sorted(shares) == sorted(train_byol.epoch_order(0, epoch, 20)[:16].tolist())
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
-    assert json.loads((tmp_path / "runs" / "two" / "config.json").read_text())["world_size"] == 2
+    assert json.loads((tmp_path / "runs" / "two" / "config.json").read_text())["environment"]["world_size"] == 2
     assert done.stdout.count("epoch 1.00 of 2") == 1
 
 
