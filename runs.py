@@ -149,7 +149,7 @@ def read_checkpoint(folder: Path) -> dict | None:
     for path in found:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state, dict) and {"model", "optimizer", "step", "constants"} <= state.keys():
+            if isinstance(state, dict) and {"step", "total_steps", "constants"} <= state.keys():
                 return state
         except UNREADABLE:
             pass

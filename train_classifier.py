@@ -60,7 +60,7 @@ DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZ
 FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change when a comparison goes on
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
-HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
+HELD_OUT = 200  # labelled images, at least, that a rate is judged by, where so many are labelled
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm only", "with BYOL"
 FOLD = "fold"  # the budget of one of STL-10's folds
