@@ -38,17 +38,17 @@ BLUR_P = (1.0, 0.1)  # probability of the blur in view 1 and in view 2
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
-BATCHNORM = "auto"  # of the encoder: batch, frozen (the statistics of INIT), or auto: frozen unless INIT is random
+BATCHNORM = "auto"  # of the encoder: batch, or frozen: the statistics of INIT; auto: frozen, if INIT is random batch
 HIDDEN_DIM = 4096  # width of projector and predictor
 PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
 EPOCHS = 10  # passes over the unlabeled images
 BATCH_SIZE = 256  # images a step, over all GPUs together
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = 0.2  # peak rate per 256 images: a step uses this times BATCH_SIZE / 256
+LEARNING_RATE = "auto"  # peak rate per 256 images: a step uses this times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.2
 WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
-BASE_DECAY = 0.99  # tau at the start: how much of itself the target keeps at a step; rises to 1
+BASE_DECAY = "auto"  # tau at the start: how much of itself the target keeps a step; rises to 1; auto: 1, if INIT is random 0.99
 SEED = 0  # of the weights, the order of the images and the views
 # The run
 RUN = "byol"  # name of the run's folder in runs/
@@ -60,6 +60,7 @@ CHECKPOINT_MINUTES = 5.0  # between checkpoints
 DEMO = DEMO | dict(EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
                    WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
+AUTO = {"LEARNING_RATE": (0.2, 0.1), "BASE_DECAY": (0.99, 1.0), "BATCHNORM": ("batch", "frozen")}  # INIT random, any other
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%"}  # of these, in a line
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
@@ -67,6 +68,7 @@ MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is
 
 def run(c: SimpleNamespace) -> None:
     """Pretrain with the constants `c`; each run's folder has one writer."""
+    resolve_auto(c)
     check_constants(c)
     device = select_device(c.DEVICE)
     rank, world = start_processes(device)
@@ -203,8 +205,7 @@ def batch_indices(seed: int, n: int, batch_size: int, first_step: int, total_ste
 def build_model(c: SimpleNamespace) -> BYOL:
     encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
     with seeded_init(c.SEED, "heads"):
-        frozen = c.BATCHNORM == "frozen" or c.BATCHNORM == "auto" and c.INIT != "random"
-        return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, frozen)
+        return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, frozen_batchnorm=c.BATCHNORM == "frozen")
 
 
 def distribute(model: BYOL, device: torch.device) -> nn.Module:
@@ -268,6 +269,16 @@ def verdict(before: Tensor, after: Tensor, init: str) -> str:
                    }[verdict_of(gain, half)]
 
 
+def resolve_auto(c: SimpleNamespace) -> None:
+    """Give the constants of AUTO their value for INIT where they are "auto", and their type where they are not."""
+    for name, of_init in AUTO.items():
+        value = getattr(c, name)
+        try:
+            setattr(c, name, of_init[c.INIT != "random"] if value == "auto" else type(of_init[0])(value))
+        except ValueError:
+            raise UsageError(f"{name} is {value}: it must be a number or auto ({flag(name)})") from None
+
+
 def check_constants(c: SimpleNamespace) -> None:
     check_ranges(c, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
                  EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf), LEARNING_RATE=(0, math.inf),
@@ -276,7 +287,7 @@ def check_constants(c: SimpleNamespace) -> None:
     if len(c.BLUR_P) != 2 or not all(0 <= p <= 1 for p in c.BLUR_P):
         raise UsageError(f"BLUR_P is {','.join(map(str, c.BLUR_P))}: it must be two probabilities ({flag('BLUR_P')})")
     check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
-    check_choice("BATCHNORM", c.BATCHNORM, ["auto", "batch", "frozen"])
+    check_choice("BATCHNORM", c.BATCHNORM, ["batch", "frozen"])
     if c.BATCHNORM == "frozen" and c.INIT == "random":
         raise UsageError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto or batch "
                          "(--batchnorm)")

@@ -6,10 +6,10 @@
     python train_classifier.py --folds           STL-10's own protocol: its ten folds of 1,000 labelled images
 
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes the
-rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began with ImageNet weights or a file's, two more arms show what BYOL is to be
-measured against: random weights, and those weights with nothing new but the BatchNorm statistics of these images. Dataset,
-encoder, init and image size are those of the run. Reported is the accuracy on the test images after the last epoch, never
-the best one.
+rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began with
+ImageNet weights or a file's, two more arms show what BYOL is to be measured against: random weights, and those weights with
+nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those of the run.
+Reported is the accuracy on the test images after the last epoch, never the best one.
 """
 import base64
 import math
@@ -57,7 +57,7 @@ DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=(1e-2,))
-FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change when a comparison goes on
+FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change as a comparison goes on
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
 HELD_OUT = 200  # labelled images, at least, that a rate is judged by, where so many are labelled
@@ -106,7 +106,8 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     threads = choose_threads(device)
     train, test = (load_labelled(c, split, device) for split in ("train", "test"))
     if c.BATCH_SIZE > len(train.labels):
-        raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(train.labels)} training images: lower it")
+        raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(train.labels)} training images: "
+                         "lower it")
     folds = load_folds(c.DATA_ROOT, len(train.labels)) if c.FOLDS else []
     budgets = affordable(c.LABELS_PER_CLASS, train)
     results = open_results(folder / "results.json", c, environment(device, precision))
@@ -164,27 +165,31 @@ def build_arm(task: Task, arm: str, seed: int) -> tuple[nn.Module, int, Path | N
     return encoder, feature_dim, path
 
 
+def features_of(task: Task, network: nn.Module, pixels: Tensor) -> Tensor:
+    return extract_features(network, pixels, task.device, task.precision).cpu()
+
+
 def train_cell(task: Task, cell: Cell, subset: Tensor, rate: float) -> tuple[dict, nn.Module]:
-    """One cell's record, which images each protocol got right among it, and the network that was fine-tuned."""
+    """One cell's record, with the images that each protocol got right, and the network that was fine-tuned."""
     train, test = task.train, task.test
     encoder, feature_dim, path = build_arm(task, cell.arm, cell.seed)
-    bank, queries = (extract_features(encoder, pixels, task.device, task.precision).cpu()
-                     for pixels in (fetch(train.pixels, subset, train.pixels.device), test.pixels))
-    probe, penalty = linear_probe(bank, train.labels[subset], len(train.classes), cell.seed)
-    network = fine_tune(encoder, feature_dim, train, subset, cell.seed, rate, task.c, task.device, task.precision,
-                        task.signals, f"seed {cell.seed}, {cell.labels} labels, {cell.arm}")
-    predicted = {"fine-tuning": extract_features(network, test.pixels, task.device, task.precision).cpu().argmax(dim=1),
+    bank = features_of(task, encoder, fetch(train.pixels, subset, train.pixels.device))
+    queries, labels = features_of(task, encoder, test.pixels), train.labels[subset]
+    probe, penalty = linear_probe(bank, labels, len(train.classes), cell.seed)
+    network = fine_tune(task, encoder, feature_dim, subset, cell.seed, rate,
+                        f"seed {cell.seed}, {cell.labels} labels, {cell.arm}")
+    predicted = {"fine-tuning": features_of(task, network, test.pixels).argmax(dim=1),
                  "linear probe": probe(queries).argmax(dim=1),
-                 "kNN": knn_predict(bank, train.labels[subset], queries, len(train.classes))}
+                 "kNN": knn_predict(bank, labels, queries, len(train.classes))}
     record = cell._asdict() | {"run": path and path.parent.name, "rate": rate, "probe penalty": penalty}
     record |= {name: accuracy(guess, test.labels) for name, guess in predicted.items()}
     return record | {"right": {name: pack(guess == test.labels) for name, guess in predicted.items()}}, network
 
 
 def choose_rate(task: Task, cell: Cell, subset: Tensor, trials: list[dict]) -> float:
-    """The rate of LEARNING_RATE that is best for the cell's arm and budget, on held-out images of the first seed's subset.
+    """The rate of LEARNING_RATE that is best for the cell's arm and budget on held-out images.
 
-    `trials` holds what is known already, and takes on what is tried.
+    They are of the first subset that asks; `trials` holds what is known since, and takes on what is tried.
     """
     rates = task.c.LEARNING_RATE
     if len(rates) == 1:
@@ -208,10 +213,9 @@ def held_out_accuracy(task: Task, cell: Cell, subset: Tensor, rate: float) -> fl
     for fold in range(min(5, math.ceil(5 * HELD_OUT / len(subset)))):
         chosen = torch.arange(len(mixed)) % 5 == fold
         encoder, feature_dim, _ = build_arm(task, cell.arm, seed)
-        network = fine_tune(encoder, feature_dim, train, mixed[~chosen], seed, rate, task.c, task.device, task.precision,
-                            task.signals, f"{cell.labels} labels, {cell.arm}, rate {rate:g}")
-        pixels = fetch(train.pixels, mixed[chosen], train.pixels.device)
-        scores = extract_features(network, pixels, task.device, task.precision).cpu()
+        network = fine_tune(task, encoder, feature_dim, mixed[~chosen], seed, rate,
+                            f"{cell.labels} labels, {cell.arm}, rate {rate:g}")
+        scores = features_of(task, network, fetch(train.pixels, mixed[chosen], train.pixels.device))
         right.append(scores.argmax(dim=1) == train.labels[mixed[chosen]])
     return 100 * torch.cat(right).double().mean().item()
 
@@ -262,8 +266,8 @@ def draw_subset(labels: Tensor, per_class: int | str, seed: int) -> Tensor:
 def adopt_runs(c: SimpleNamespace) -> list[Path]:
     """Set `c`'s dataset, encoder, init and image size to those of the pretraining runs; returns their encoder.pt files.
 
-    None where there is no such run. Raises UsageError for a flag that contradicts a run's config.json, and for runs that
-    differ in more than their SEED.
+    None where there is no such run. Raises UsageError for a flag that contradicts a run's config.json, and for runs
+    that differ in more than their SEED.
     """
     configs = [run_folder(name) / "config.json" for name in c.RUN.split(",")]
     if len(configs) == 1 and not configs[0].exists():
@@ -272,17 +276,17 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
     for config, of_run in zip(configs, runs):
         for name in OF_THE_RUN:
             if name in c.given and getattr(c, name) != of_run[name]:
-                raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: leave the "
-                                 "flag out, or pretrain a run with it")
+                raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: leave "
+                                 "the flag out, or pretrain a run with it")
             setattr(c, name, of_run[name])
         differ = [f"{name} {runs[0].get(name)} and {of_run.get(name)}" for name in runs[0].keys() | of_run.keys()
                   if name not in MAY_DIFFER and runs[0].get(name) != of_run.get(name)]
         if differ:
-            raise UsageError(f"RUN {c.RUN}: {configs[0]} and {config} differ in {', '.join(sorted(differ))}; runs that are "
-                             "compared together differ in SEED alone")
+            raise UsageError(f"RUN {c.RUN}: {configs[0]} and {config} differ in {', '.join(sorted(differ))}; runs that "
+                             "are compared together differ in SEED alone")
         if not config.with_name("encoder.pt").exists():
-            raise UserError(f"{config.parent} has no encoder.pt yet: its train_byol.py command, run again, finishes the "
-                            "pretraining")
+            raise UserError(f"{config.parent} has no encoder.pt yet: its train_byol.py command, run again, finishes "
+                            "the pretraining")
     if len({of_run["SEED"] for of_run in runs}) < len(runs):
         raise UsageError(f"RUN {c.RUN}: two of these runs have the same SEED, and so are one")
     return [config.with_name("encoder.pt") for config in configs]
@@ -307,13 +311,14 @@ def unpack(text: str, n: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n)).bool()
 
 
-def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor, seed: int, rate: float,
-              c: SimpleNamespace, device: torch.device, precision: torch.dtype, signals: list[int] = (), title: str = "") -> nn.Module:
-    """Train encoder and a new head on the images `subset` of `train`; returns the encoder with the head as its `fc`.
+def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, seed: int, rate: float,
+              title: str = "") -> nn.Module:
+    """Train encoder and a new head on the images `subset`; returns the encoder with the head as its `fc`.
 
     The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
-    is that of EPOCHS passes over all of `train`, whatever the subset. Raises Stopped when `signals` holds one.
+    is that of EPOCHS passes over all training images, whatever the subset. Raises Stopped when a signal asks for it.
     """
+    c, train, device = task.c, task.train, task.device
     with seeded_init(seed, "head"):
         encoder.fc = nn.Linear(feature_dim, len(train.classes))
     network = encoder.to(device, memory_format=torch.channels_last).train()
@@ -328,22 +333,23 @@ def fine_tune(encoder: nn.Module, feature_dim: int, train: Split, subset: Tensor
         for step in range(total_steps):
             epoch, batch = divmod(step, steps_per_pass)
             if batch == 0:
-                order = subset[torch.randperm(len(subset), generator=seeded_generator(seed, "fine-tuning order", epoch))]
+                generator = seeded_generator(seed, "fine-tuning order", epoch)
+                order = subset[torch.randperm(len(subset), generator=generator)]
             index = order[batch * batch_size:(batch + 1) * batch_size]
             images = fetch(train.pixels, index, device)
             draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
             box, flipped = crop_of(send(draws, device), size, size, c.CROP_AREA)
             x = normalize(crop_resize(images, box, flipped, size)).contiguous(memory_format=torch.channels_last)
             set_rate(optimizer, learning_rate(step, total_steps, warmup_steps, peak))
-            with autocast(device, precision):
+            with autocast(device, task.precision):
                 scores = network(x)
             optimizer.zero_grad()
             F.cross_entropy(scores.float(), send(train.labels[index], device)).backward()
             optimizer.step()
             bar.update()
-            if signals:
+            if task.signals:
                 raise Stopped("stopped: the results so far are kept, and the same command continues from there",
-                              signals[0])
+                              task.signals[0])
     return network
 
 
@@ -386,8 +392,8 @@ def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float)
 
 
 def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, arms: list[str], n: int) -> dict:
-    """protocol -> arm -> accuracies in percent, one a seed, at one budget; also BYOL's `gain` over the baseline, seed by
-    seed, and its `interval`: mean, and half of the 95% interval over seeds and the `n` test images."""
+    """protocol -> arm -> accuracies in percent, one a seed, at one budget; also BYOL's `gain` over the baseline, seed
+    by seed, and its `interval`: mean, and half of the 95% interval over seeds and the `n` test images."""
     of = {arm: [cells[Cell(seed, arm, labels, c.EPOCHS)] for seed in c.SEEDS] for arm in arms}
     summary = {protocol: {arm: [record[protocol] for record in of[arm]] for arm in arms} for protocol in PROTOCOLS}
     if WITH_BYOL in arms:
@@ -397,7 +403,7 @@ def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, ar
                              for arm in (BASELINE, WITH_BYOL))
             gains = after - before
             if len(set(names)) > 1:  # seeds that share a run are no independent repetitions
-                gains = torch.stack([gains[[name == run for name in names]].mean(dim=0) for run in dict.fromkeys(names)])
+                gains = torch.stack([gains[[name == run for name in names]].mean(dim=0) for run in sorted(set(names))])
             by_arm |= {"gain": [b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])], "interval": gain_of(gains)}
     return summary
 
@@ -414,20 +420,21 @@ def report(task: Task, folder: Path, results: dict, arms: list[str], budgets: li
                     label_text(budgets[-1]) + "\n" + caption(c))
     if len(budgets) > 1:
         sizes = [len(task.train.labels) / len(test.classes) if labels == "all" else labels for labels in budgets]
-        plot_lines(folder / "label_efficiency.png", {protocol: {arm: [summary[str(labels)][protocol][arm] for labels in
-                                                                      budgets] for arm in arms} for protocol in PROTOCOLS},
-                   sizes, "labelled images a class", caption(c))
-    lengths = sorted({cell.epochs for cell in cells})
-    lengths = [epochs for epochs in lengths
+        panels = {protocol: {arm: [summary[str(labels)][protocol][arm] for labels in budgets] for arm in arms}
+                  for protocol in PROTOCOLS}
+        plot_lines(folder / "label_efficiency.png", panels, sizes, "labelled images a class", caption(c))
+    lengths = [epochs for epochs in sorted({cell.epochs for cell in cells})
                if all(Cell(*rest, epochs) in cells for rest in product(c.SEEDS, arms, budgets))]
     if len(lengths) > 1:
+        def tuned(arm: str, labels: int | str, epochs: int) -> list[float]:
+            return [cells[Cell(seed, arm, labels, epochs)]["fine-tuning"] for seed in c.SEEDS]
+
+        panels = {label_text(labels): {arm: [tuned(arm, labels, epochs) for epochs in lengths] for arm in arms}
+                  for labels in budgets}
         steps = [epochs * (len(task.train.labels) // c.BATCH_SIZE) for epochs in lengths]
-        plot_lines(folder / "steps.png", {label_text(labels): {arm: [[cells[Cell(seed, arm, labels, epochs)]["fine-tuning"]
-                                                                      for seed in c.SEEDS] for epochs in lengths]
-                                                               for arm in arms} for labels in budgets},
-                   steps, "fine-tuning steps", caption(c))
+        plot_lines(folder / "steps.png", panels, steps, "fine-tuning steps", caption(c))
     if task.encoders:
-        shown = [(arm, extract_features(build_arm(task, arm, c.SEEDS[0])[0], test.pixels, task.device, task.precision).cpu())
+        shown = [(arm, features_of(task, build_arm(task, arm, c.SEEDS[0])[0], test.pixels))
                  for arm in (BASELINE, WITH_BYOL)]
         plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
 
@@ -484,7 +491,8 @@ def caption(c: SimpleNamespace) -> str:
 
 def check_constants(c: SimpleNamespace) -> None:
     check_ranges(c, IMAGE_SIZE=(16, math.inf), EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf),
-                 LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf), CROP_AREA=(0.01, 1))
+                 LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf),
+                 CROP_AREA=(0.01, 1))
     check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
     check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
     if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,6 +300,20 @@ def test_batchnorm_is_frozen_where_the_first_weights_are_not_random(tiny, monkey
     assert tiny("--batchnorm", batchnorm, "--init", init) == 0
     assert modes == 8 * [not frozen]
     assert torch.equal(weights("tiny")["bn.running_mean"], encoder.bn.running_mean) == frozen
+
+
+@pytest.mark.parametrize("init", ["random", "first.pt"])
+def test_auto_is_what_help_says_it_is(init, capsys):
+    """The numbers stand twice, in AUTO and in the comments that --help shows."""
+    c = read_constants(vars(train_byol), ["--init", init])
+    train_byol.resolve_auto(c)
+    source = Path(train_byol.__file__).read_text()
+    for name in train_byol.AUTO:
+        of_others, of_random = re.search(rf'^{name} = "auto"  # .*auto: (\S+), if INIT is random (\S+)$', source, re.M).groups()
+        assert getattr(c, name) == type(getattr(c, name))(of_random if init == "random" else of_others)
+    c = read_constants(vars(train_byol), ["--init", init, "--learning-rate", "0.3", "--base-decay", "0.5", "--batchnorm", "batch"])
+    train_byol.resolve_auto(c)
+    assert (c.LEARNING_RATE, c.BASE_DECAY, c.BATCHNORM) == (0.3, 0.5, "batch")
 
 
 def test_a_target_that_never_moves_is_the_first_network(tiny):

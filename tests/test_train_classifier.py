@@ -159,7 +159,7 @@ def test_batchnorm_only_takes_on_the_statistics_of_the_images_and_moves_no_weigh
 def test_stl10s_folds_are_the_labelled_subsets(tmp_path, small, monkeypatch, capsys):
     write_stl10(tmp_path / "data")
     subsets, tune = [], train_classifier.fine_tune
-    monkeypatch.setattr(train_classifier, "fine_tune", lambda e, f, t, s, *a: subsets.append(s.tolist()) or tune(e, f, t, s, *a))
+    monkeypatch.setattr(train_classifier, "fine_tune", lambda t, e, f, s, *a: subsets.append(s.tolist()) or tune(t, e, f, s, *a))
     argv = ["--dataset", "stl10", "--image-size", "16", "--init", "random", "--epochs", "1", "--folds"]
     assert compare(*argv) == 0
     assert subsets == [fold.tolist() for fold in load_folds("data", 20)]
@@ -308,8 +308,7 @@ def test_a_rate_is_judged_by_fifths_of_the_subset_that_were_held_out(monkeypatch
     monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: pairs.append([args[3]]) or tune(*args))
     monkeypatch.setattr(train_classifier, "extract_features", lambda n, pixels, *a: pairs[-1].append(pixels) or extract(n, pixels, *a))
     c = constants("--init", "random")
-    task = train_classifier.Task(c, train, None, CPU, torch.float32, [])
-    accuracy = train_classifier.held_out_accuracy(task, Cell(0, BASELINE, 2, c.EPOCHS), subset, 0.04)
+    accuracy = train_classifier.held_out_accuracy(train_classifier.Task(c, train, None, CPU, torch.float32, []), Cell(0, BASELINE, 2, c.EPOCHS), subset, 0.04)
     assert len(pairs) == folds and 0 <= accuracy <= 100
     held_out = [next(i for i in subset.tolist() if torch.equal(train.pixels[i], image)) for _, images in pairs for image in images]
     assert len(set(held_out)) == len(held_out) == 4 * folds
@@ -369,6 +368,10 @@ def patterns(n=40):
     return split._replace(pixels=split.pixels[:n], labels=split.labels[:n])
 
 
+def task():
+    return train_classifier.Task(constants(), patterns(), None, CPU, torch.float32, [])
+
+
 def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
     """Two different encoders: the same first head, the same images in the same order, the same crops."""
     meetings = []
@@ -383,7 +386,7 @@ def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
         build = train_classifier.build_optimizer
         monkeypatch.setattr(train_classifier, "build_optimizer",
                             lambda *a: first.append(heads[0].weight.detach().clone()) or build(*a))
-        fine_tune(encoder, feature_dim, patterns(), ALL, 5, 0.04, constants(), CPU, torch.float32)
+        fine_tune(task(), encoder, feature_dim, ALL, 5, 0.04)
         meetings.append((first[0], batches, torch.stack([box for box, _ in crops])))
         monkeypatch.undo()
     (head_a, batches_a, crops_a), (head_b, batches_b, crops_b) = meetings
@@ -395,7 +398,7 @@ def test_a_smaller_budget_takes_as_many_steps_and_only_its_own_images(monkeypatc
     batches, fetch = [], train_classifier.fetch
     monkeypatch.setattr(train_classifier, "fetch", lambda p, i, d: batches.append(i.tolist()) or fetch(p, i, d))
     encoder, feature_dim = small_encoder("", "random", 0)
-    fine_tune(encoder, feature_dim, patterns(), torch.tensor([3, 5, 9, 11, 20]), 0, 0.04, constants(), CPU, torch.float32)
+    fine_tune(task(), encoder, feature_dim, torch.tensor([3, 5, 9, 11, 20]), 0, 0.04)
     assert len(batches) == 2 * 5 and all(sorted(batch) == [3, 5, 9, 11, 20] for batch in batches)
 
 
@@ -409,9 +412,9 @@ def test_identical_encoders_gain_exactly_nothing(pretrained, monkeypatch):
 def test_the_heads_differ_between_seeds_and_the_encoder_is_trained():
     encoder, feature_dim = small_encoder("", "random", 0)
     before = encoder.conv.weight.detach().clone()
-    a = fine_tune(encoder, feature_dim, patterns(), ALL, 0, 0.04, constants(), CPU, torch.float32)
+    a = fine_tune(task(), encoder, feature_dim, ALL, 0, 0.04)
     assert not torch.equal(a.conv.weight, before)
-    b = fine_tune(small_encoder("", "random", 0)[0], feature_dim, patterns(), ALL, 1, 0.04, constants(), CPU, torch.float32)
+    b = fine_tune(task(), small_encoder("", "random", 0)[0], feature_dim, ALL, 1, 0.04)
     assert not torch.equal(a.fc.weight, b.fc.weight)
 
 
@@ -419,9 +422,9 @@ def test_neither_the_frozen_protocols_nor_another_budget_move_an_encoder(pretrai
     """Every fine-tuning starts from the very encoder that was built, whatever came before it."""
     starts, tune = {}, train_classifier.fine_tune
 
-    def recorded(encoder, *rest):
+    def recorded(task, encoder, *rest):
         starts.setdefault(rest[-1].split(", ")[2], []).append({k: v.clone() for k, v in encoder.state_dict().items()})
-        return tune(encoder, *rest)
+        return tune(task, encoder, *rest)
 
     monkeypatch.setattr(train_classifier, "fine_tune", recorded)
     assert compare("--seeds", "0", "--labels-per-class", "3,5,all") == 0
