@@ -295,25 +295,28 @@ def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pret
     assert "  3 labels with BYOL       held out 50.0 at rate 0.05, 51.0 at rate 0.1, 50.0 at rate 0.2" in capsys.readouterr().out
     assert compare(*argv, "--seeds", "1,0,2") == 0 and len(asked) == 12, "nor for seeds that are added"
     assert [trial["held out"] for trial in results()["trials"]].count(51) == 4
+    assert compare(*argv, "--seeds", "0", "--epochs", "1") == 0 and len(asked) == 24, "another length is tuned by itself"
 
 
-@pytest.mark.parametrize("enough, folds", [(1, 1), (9, 3), (1000, 5)])
+@pytest.mark.parametrize("enough, folds", [(1, 1), (25, 3), (1000, 5)])
 def test_a_rate_is_judged_by_fifths_of_the_subset_that_were_held_out(monkeypatch, enough, folds):
     """Balanced, disjoint, as many as are enough, and never by an image that was trained on or is for the test."""
     monkeypatch.setattr(train_classifier, "HELD_OUT", enough)
     monkeypatch.setattr(train_classifier, "build_encoder", small_encoder)
     train, pairs = patterns(100), []
-    subset = draw_subset(train.labels, 2, 0)
+    subset = draw_subset(train.labels, 5, 0)
     tune, extract = train_classifier.fine_tune, train_classifier.extract_features
     monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: pairs.append([args[3]]) or tune(*args))
     monkeypatch.setattr(train_classifier, "extract_features", lambda n, pixels, *a: pairs[-1].append(pixels) or extract(n, pixels, *a))
     c = constants("--init", "random")
-    accuracy = train_classifier.held_out_accuracy(train_classifier.Task(c, train, None, CPU, torch.float32, []), Cell(0, BASELINE, 2, c.EPOCHS), subset, 0.04)
+    accuracy = train_classifier.held_out_accuracy(train_classifier.Task(c, train, None, CPU, torch.float32, []), Cell(0, BASELINE, 5, c.EPOCHS), subset, 0.04)
     assert len(pairs) == folds and 0 <= accuracy <= 100
     held_out = [next(i for i in subset.tolist() if torch.equal(train.pixels[i], image)) for _, images in pairs for image in images]
-    assert len(set(held_out)) == len(held_out) == 4 * folds
+    assert len(set(held_out)) == len(held_out) == 10 * folds
     for fold, (fitted, _) in enumerate(pairs):
-        assert sorted(fitted.tolist() + held_out[4 * fold:4 * fold + 4]) == sorted(subset.tolist())
+        of_fold = held_out[10 * fold:10 * fold + 10]
+        assert sorted(fitted.tolist() + of_fold) == sorted(subset.tolist())
+        assert train.labels[of_fold].tolist() == list(range(10)), "a fifth of each class"
 
 
 def test_other_lengths_are_kept_beside_and_drawn_against_the_steps(pretrained, monkeypatch):
