@@ -129,14 +129,15 @@ class View(NamedTuple):
 CROP_DRAWS, VIEW_DRAWS = 5, 18  # uniform numbers that a crop and a view take for each image
 
 
-def view_of(u: Tensor, height: int, width: int, min_area: float, blur_p: float, solarize_p: float) -> View:
+def view_of(u: Tensor, height: int, width: int, min_area: float, blur_p: float, solarize_p: float,
+            jitter_strength: float = 1) -> View:
     """The view of images of `height` x `width` pixels that uniform numbers u [N,VIEW_DRAWS] stand for (appendix B)."""
     crop, order, strength, rest = u.split((CROP_DRAWS, 4, 4, 5), dim=1)
     jitter, gray, blur, sigma, solarize = rest.unbind(dim=1)
     neutral = constant((1.0, 1.0, 1.0, 0.0), u)
     return View(*crop_of(crop, height, width, min_area),
                 order=order.argsort(dim=1),
-                factor=neutral + (2 * strength - 1) * constant(JITTER, u) * (jitter < JITTER_P)[:, None],
+                factor=neutral + jitter_strength * (2 * strength - 1) * constant(JITTER, u) * (jitter < JITTER_P)[:, None],
                 gray=gray < GRAY_P,
                 sigma=(MIN_SIGMA + sigma * (MAX_SIGMA - MIN_SIGMA)) * (blur < blur_p),
                 solarize=solarize < solarize_p)
@@ -169,25 +170,27 @@ def render(images: Tensor, view: View, size: int) -> Tensor:
     return normalize(x)
 
 
-def render_views(images: Tensor, draws: Tensor, size: int, min_area: float,
-                 blur_p: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def render_views(images: Tensor, draws: Tensor, size: int, min_area: float, blur_p: tuple[float, float],
+                 jitter_strength: float) -> tuple[Tensor, Tensor]:
     """The two views that uniform numbers [2,N,VIEW_DRAWS] stand for."""
     height, width = images.shape[-2:]
-    return tuple(render(images, view_of(u, height, width, min_area, blur, solarize), size)
+    return tuple(render(images, view_of(u, height, width, min_area, blur, solarize, jitter_strength), size)
                  for u, blur, solarize in zip(draws, blur_p, SOLARIZE_P))
 
 
 def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = MIN_AREA,
-              blur_p: tuple[float, float] = BLUR_P, render_views: Callable = render_views) -> tuple[Tensor, Tensor]:
+              blur_p: tuple[float, float] = BLUR_P, jitter_strength: float = 1,
+              render_views: Callable = render_views) -> tuple[Tensor, Tensor]:
     """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
 
     Every image draws its own parameters. Uniform numbers for both views are drawn on the CPU and go to the images' device
     in one copy; all else is done there (on CUDA in TF32).
     min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
+    jitter_strength: of the colour jitter, as a multiple of the paper's.
     render_views: the function of that name, or a compiled form of it.
     """
     draws = send(torch.rand(2, len(images), VIEW_DRAWS, generator=generator), images.device)
-    return render_views(images, draws, size, min_area, blur_p)
+    return render_views(images, draws, size, min_area, blur_p, jitter_strength)
 
 
 def normalize(x: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
 CROP_AREA = 0.08  # smallest share of an image that a view shows
 BLUR_P = (1.0, 0.1)  # probability of the blur in view 1 and in view 2
+JITTER = 1.0  # strength of the colour jitter, as a multiple of the paper's
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
@@ -124,7 +125,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
         write_json(folder / "config.json", {"constants": constants_of(c), "environment": environment(device, precision)})
         sample = images[:12].to(device)
         plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
-                                                            c.CROP_AREA, c.BLUR_P))
+                                                            c.CROP_AREA, c.BLUR_P, c.JITTER))
     with run.recording():
         if run.step == 0 and watch and rank == 0:  # what BYOL has to rise above
             run.facts["right_before"] = watch(model.online_encoder)
@@ -151,7 +152,7 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
     indices = batch_indices(c.SEED, len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
     for batch in batches(images, indices, run.device):
         generator = seeded_generator(c.SEED, "views", run.step, run.rank)
-        views = two_views(batch, c.IMAGE_SIZE, generator, c.CROP_AREA, c.BLUR_P, draw)
+        views = two_views(batch, c.IMAGE_SIZE, generator, c.CROP_AREA, c.BLUR_P, c.JITTER, draw)
         rate = learning_rate(run.step, run.total_steps, warmup_steps, c.LEARNING_RATE * c.BATCH_SIZE / 256)
         tau = target_decay(run.step, run.total_steps, c.BASE_DECAY)
         loss = train_step(network, model, optimizer, views, rate, tau, precision)
@@ -280,7 +281,7 @@ def resolve_auto(c: SimpleNamespace) -> None:
 
 
 def check_constants(c: SimpleNamespace) -> None:
-    check_ranges(c, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
+    check_ranges(c, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), JITTER=(0, 2), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
                  EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf), LEARNING_RATE=(0, math.inf),
                  WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf), BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf),
                  CHECKPOINT_MINUTES=(0, math.inf))

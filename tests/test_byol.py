@@ -408,9 +408,16 @@ def test_two_views_use_the_papers_rates(monkeypatch, generator):
     seen, view_of = [], byol.view_of
     monkeypatch.setattr(byol, "view_of", lambda u, *parameters: seen.append(parameters) or view_of(u, *parameters))
     byol.two_views(photographs(), 24, generator)
-    assert seen == [(40, 40, 0.08, 1.0, 0.0), (40, 40, 0.08, 0.1, 0.2)], "height, width, area, blur, solarize"
-    byol.two_views(photographs(), 24, generator, min_area=0.5, blur_p=(0.3, 0.0))
-    assert seen[2:] == [(40, 40, 0.5, 0.3, 0.0), (40, 40, 0.5, 0.0, 0.2)]
+    assert seen == [(40, 40, 0.08, 1.0, 0.0, 1), (40, 40, 0.08, 0.1, 0.2, 1)], "height, width, area, blur, solarize, jitter"
+    byol.two_views(photographs(), 24, generator, min_area=0.5, blur_p=(0.3, 0.0), jitter_strength=0.5)
+    assert seen[2:] == [(40, 40, 0.5, 0.3, 0.0, 0.5), (40, 40, 0.5, 0.0, 0.2, 0.5)]
+
+
+def test_the_strength_of_the_jitter_scales_its_factors(generator):
+    draws = torch.rand(50, byol.VIEW_DRAWS, generator=generator)
+    whole, half = (byol.view_of(draws, 40, 40, 0.08, 0.5, 0.5, strength).factor for strength in (1, 0.5))
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    torch.testing.assert_close(half - neutral, (whole - neutral) / 2)
 
 
 def test_each_number_that_is_drawn_decides_one_thing(generator):

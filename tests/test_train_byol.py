@@ -213,8 +213,8 @@ def test_a_training_step_moves_the_online_network_and_then_the_target():
 def test_the_views_constants_reach_the_views(tiny, monkeypatch):
     seen, two_views = [], train_byol.two_views
     monkeypatch.setattr(train_byol, "two_views", lambda *args: seen.append(args[3:]) or two_views(*args))
-    assert tiny("--crop-area", "0.5", "--blur-p", "0.3,0", "--epochs", "1") == 0
-    assert [args[:2] for args in seen] == [(0.5, (0.3, 0.0))] * 3, "the figure's and two batches"
+    assert tiny("--crop-area", "0.5", "--blur-p", "0.3,0", "--jitter", "0.25", "--epochs", "1") == 0
+    assert [args[:3] for args in seen] == [(0.5, (0.3, 0.0), 0.25)] * 3, "the figure's and two batches"
 
 
 def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
