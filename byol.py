@@ -134,10 +134,10 @@ def view_of(u: Tensor, height: int, width: int, min_area: float, blur_p: float, 
     """The view of images of `height` x `width` pixels that uniform numbers u [N,VIEW_DRAWS] stand for (appendix B)."""
     crop, order, strength, rest = u.split((CROP_DRAWS, 4, 4, 5), dim=1)
     jitter, gray, blur, sigma, solarize = rest.unbind(dim=1)
-    neutral = constant((1.0, 1.0, 1.0, 0.0), u)
+    neutral, strength = constant((1.0, 1.0, 1.0, 0.0), u), jitter_strength * (2 * strength - 1) * constant(JITTER, u)
     return View(*crop_of(crop, height, width, min_area),
                 order=order.argsort(dim=1),
-                factor=neutral + jitter_strength * (2 * strength - 1) * constant(JITTER, u) * (jitter < JITTER_P)[:, None],
+                factor=neutral + strength * (jitter < JITTER_P)[:, None],
                 gray=gray < GRAY_P,
                 sigma=(MIN_SIGMA + sigma * (MAX_SIGMA - MIN_SIGMA)) * (blur < blur_p),
                 solarize=solarize < solarize_p)
@@ -151,8 +151,8 @@ def crop_of(u: Tensor, height: int, width: int, min_area: float) -> tuple[Tensor
     area, ratio, top, left, flip = u.unbind(dim=1)
     area = (min_area + area * (1 - min_area)) * height * width
     ratio = torch.pow(4 / 3, 2 * ratio - 1)  # width over height
-    # Square roots as 1 / sqrt(1 / x): torch's sqrt and exp (not its rsqrt and pow) wake all threads of a CPU even for a few
-    # hundred numbers, and wait for them where other processes keep the cores busy.
+    # Square roots as 1 / sqrt(1 / x): torch's sqrt and exp (not its rsqrt and pow) wake all threads of a CPU even for a
+    # few hundred numbers, and wait for them where other processes keep the cores busy.
     h = torch.rsqrt(ratio / area).round().clamp(1, height)
     w = torch.rsqrt(1 / (ratio * area)).round().clamp(1, width)
     top = (top * (height - h + 1)).floor().clamp(max=height - 1)
@@ -161,7 +161,7 @@ def crop_of(u: Tensor, height: int, width: int, min_area: float) -> tuple[Tensor
 
 
 def render(images: Tensor, view: View, size: int) -> Tensor:
-    """Apply a view to uint8 images on its device: crop and flip, colour jitter, grayscale, blur, solarize, normalise."""
+    """Apply a view to uint8 images on its device: crop, flip, colour jitter, grayscale, blur, solarize, normalise."""
     x = crop_resize(images, view.box, view.flip, size)
     x = color_jitter(x, view.order, view.factor)
     x = blend(x, torch.where(view.gray, 0.0, 1.0), view.gray.float())
@@ -183,8 +183,8 @@ def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: f
               render_views: Callable = render_views) -> tuple[Tensor, Tensor]:
     """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
 
-    Every image draws its own parameters. Uniform numbers for both views are drawn on the CPU and go to the images' device
-    in one copy; all else is done there (on CUDA in TF32).
+    Every image draws its own parameters. Uniform numbers for both views are drawn on the CPU and go to the images'
+    device in one copy; all else is done there (on CUDA in TF32).
     min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
     jitter_strength: of the colour jitter, as a multiple of the paper's.
     render_views: the function of that name, or a compiled form of it.

@@ -215,7 +215,8 @@ def decode_files(top: Path, files: list[Path], array: Path, description: Path, s
             os.fsync(out.fileno())
         os.replace(partial, array)
     except OSError as error:
-        raise UserError(f"cannot write the image cache {array}: {one_line(error)}; make space or set DATA_ROOT") from error
+        raise UserError(f"cannot write the image cache {array}: {one_line(error)}; make space or set "
+                        "DATA_ROOT") from error
     finally:
         if partial.exists():
             partial.unlink()
@@ -276,7 +277,8 @@ def draw_patterns(n: int, size: int, generator: torch.Generator) -> Split:
 
     noise = torch.fft.rfft2(torch.randn(n, size, size, generator=generator))
     frequency = torch.fft.fftfreq(size).view(-1, 1) ** 2 + torch.fft.rfftfreq(size) ** 2
-    blobs = torch.fft.irfft2(noise * torch.exp(-2 * (math.pi * uniform(2, 3, 1, 1) * unit) ** 2 * frequency), (size, size))
+    low_pass = torch.exp(-2 * (math.pi * uniform(2, 3, 1, 1) * unit) ** 2 * frequency)
+    blobs = torch.fft.irfft2(noise * low_pass, (size, size))
     draw = [  # in the order of PATTERNS, each from about -1 to 1
         lambda u, v, r, b: wave(u),
         lambda u, v, r, b: torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),

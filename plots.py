@@ -14,7 +14,7 @@ from byol import denormalize
 from data import Split
 from runs import whole_file
 
-BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"  # told apart by colour-blind readers too (Okabe & Ito)
+BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"  # Okabe & Ito's, for all eyes
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -52,11 +52,11 @@ def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace)
         if name == "spread":
             healthy = c.PROJECTION_DIM ** -0.5
             axis.axhline(healthy, color=GRAY, ls="--", lw=1)
-            axis.annotate("fills the sphere", (0.98, healthy), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                          color=GRAY, fontsize=8)
+            axis.annotate("fills the sphere", (0.98, healthy), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom", color=GRAY, fontsize=8)
             axis.set_ylim(0, healthy * 1.15)
-    figure.suptitle(f"{c.RUN}: {c.ENCODER} from {c.INIT} weights, {Path(c.DATASET).resolve().name} at {c.IMAGE_SIZE} px, "
-                    f"batch {c.BATCH_SIZE}, seed {c.SEED}", fontsize=9)
+    figure.suptitle(f"{c.RUN}: {c.ENCODER} from {c.INIT} weights, {Path(c.DATASET).resolve().name} at {c.IMAGE_SIZE} "
+                    f"px, batch {c.BATCH_SIZE}, seed {c.SEED}", fontsize=9)
     save_figure(figure, path)
 
 

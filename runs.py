@@ -29,7 +29,7 @@ CHECKPOINTS = ("checkpoint.next.pt", "checkpoint.pt", "checkpoint.previous.pt") 
 
 
 def run_folder(*names: str) -> Path:
-    """The folder of a run, or of several together. Raises UsageError for a name that could lead out of the runs folder."""
+    """The folder of a run, or of several together. Raises UsageError for a name that could lead out of runs/."""
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise UsageError(f"RUN {name!r} is no run name: use letters, digits, '.', '_' and '-' ({flag('RUN')})")
@@ -65,8 +65,8 @@ def clear_run(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> CannotWrite:
-    return CannotWrite(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder writable, then "
-                       "run the same command again")
+    return CannotWrite(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder writable, "
+                       "then run the same command again")
 
 
 @contextlib.contextmanager
@@ -82,7 +82,8 @@ def only_writer(folder: Path) -> Iterator[None]:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder} is being written by another process: wait for it, or choose another RUN") from error
+            raise UserError(f"{folder} is being written by another process: wait for it, or choose another "
+                            "RUN") from error
         yield
 
 
@@ -113,7 +114,7 @@ def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
 
 
 def last_state(folder: Path, constants: dict, free: set[str]) -> dict | None:
-    """The latest checkpoint, None for a run that has none yet. Raises UserError where a run of other constants is there."""
+    """The latest checkpoint, or None. Raises UserError where a run of other constants is there."""
     state, config = read_checkpoint(folder), folder / "config.json"
     if state:
         same_constants(state["constants"], constants, folder / "checkpoint.pt", free)
@@ -231,14 +232,15 @@ def stop_signals() -> Iterator[list[int]]:
 class Run:
     """The bookkeeping of a training: where it stands, what its steps gave, and what lies on the disk of it.
 
-    What is trained it knows only as `parts`, by name, whose state a checkpoint holds; `facts` are whatever else one holds.
+    What is trained it knows only as `parts`, by name, whose state a checkpoint holds; `facts` are what else one holds.
     Of several processes all call the same methods, and rank 0 writes.
     columns: of metrics.csv, next to step, epoch, loss and images_per_second. shown: of those columns that a line shows,
     how. plot: draws curves.png from the columns.
     """
 
-    def __init__(self, folder: Path, c: SimpleNamespace, steps_per_epoch: int, device: torch.device, parts: dict[str, Any],
-                 facts: dict[str, Any], columns: list[str], shown: dict[str, str], plot: Callable):
+    def __init__(self, folder: Path, c: SimpleNamespace, steps_per_epoch: int, device: torch.device,
+                 parts: dict[str, Any], facts: dict[str, Any], columns: list[str], shown: dict[str, str],
+                 plot: Callable[[Path, dict, SimpleNamespace], None]):
         self.folder, self.c, self.steps_per_epoch, self.device = folder, c, steps_per_epoch, device
         self.parts, self.facts, self.columns, self.shown, self.plot = parts, facts, columns, shown, plot
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -289,8 +291,8 @@ class Run:
             self.refuse(f"the loss is no longer finite at step {self.step - len(sick) + 1 + sick.index(True)}")
 
     def refuse(self, what: str) -> NoReturn:
-        raise UserError(f"{what}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS or set PRECISION to fp32; the last checkpoint "
-                        f"in {self.folder} is kept")
+        raise UserError(f"{what}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS or set PRECISION to fp32; the last "
+                        f"checkpoint in {self.folder} is kept")
 
     def log(self, **numbers: float | str) -> None:
         """A row of metrics.csv; at an epoch's end, or where there is no progress bar now and then, a line."""
@@ -346,12 +348,12 @@ class Run:
                                "constants": constants_of(self.c)})
 
     def finish(self, name: str, weights: dict[str, Tensor]) -> None:
-        """After the last step, write the weights and then the checkpoint that says so. Raises Stopped after any other."""
+        """After the last step, write the weights, then the checkpoint that says so. Raises Stopped after any other."""
         self.check_health()
         if self.rank == 0 and self.step == self.total_steps:
             save_torch(self.folder / name, weights)
             self.plot(self.folder / "curves.png", self.metrics.columns, self.c)
         self.save()
         if self.step < self.total_steps:
-            raise Stopped(f"stopped after step {self.step} of {self.total_steps}: the same command continues from there",
-                          self.signals[0] if self.signals else signal.SIGTERM)
+            raise Stopped(f"stopped after step {self.step} of {self.total_steps}: the same command continues from "
+                          "there", self.signals[0] if self.signals else signal.SIGTERM)

@@ -25,9 +25,9 @@ from data import Split, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
-                   check_ranges, choose_threads, constants_of, environment, extract_features, flag, gain_of, knn_predict,
-                   name_of, plain_state_dict, rank_0_first, run_script, say, seeded_generator, seeded_init, select_device,
-                   select_precision, set_rate, start_processes, verdict_of)
+                   check_ranges, choose_threads, constants_of, environment, extract_features, flag, gain_of,
+                   knn_predict, name_of, plain_state_dict, rank_0_first, run_script, say, seeded_generator, seeded_init,
+                   select_device, select_precision, set_rate, start_processes, verdict_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
@@ -46,10 +46,10 @@ PROJECTION_DIM = 256  # of the vectors that are compared
 EPOCHS = 10  # passes over the unlabeled images
 BATCH_SIZE = 256  # images a step, over all GPUs together
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images: a step uses this times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.2
+LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.2
 WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
-BASE_DECAY = "auto"  # tau at the start: how much of itself the target keeps a step; rises to 1; auto: 1, if INIT is random 0.99
+BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1; auto: 1, if INIT is random 0.99
 SEED = 0  # of the weights, the order of the images and the views
 # The run
 RUN = "byol"  # name of the run's folder in runs/
@@ -61,7 +61,8 @@ CHECKPOINT_MINUTES = 5.0  # between checkpoints
 DEMO = DEMO | dict(EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
                    WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
-AUTO = {"LEARNING_RATE": (0.2, 0.1), "BASE_DECAY": (0.99, 1.0), "BATCHNORM": ("batch", "frozen")}  # INIT random, any other
+AUTO = {  # where INIT is random, and where it is not
+    "LEARNING_RATE": (0.2, 0.1), "BASE_DECAY": (0.99, 1.0), "BATCHNORM": ("batch", "frozen")}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%"}  # of these, in a line
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
@@ -74,8 +75,8 @@ def run(c: SimpleNamespace) -> None:
     device = select_device(c.DEVICE)
     rank, world = start_processes(device)
     if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
-        raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} does not give each of the {world} processes the same number of images, "
-                         "at least 2")
+        raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} does not give each of the {world} processes the same number of "
+                         "images, at least 2")
     folder = run_folder(c.RUN)
     with only_writer(folder) if rank == 0 else contextlib.nullcontext():
         pretrain(c, folder, device, rank, world)
@@ -88,8 +89,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
     if state and state.get("draws") != VIEW_DRAWS:
-        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: finish "
-                        "it with that version, or use --overwrite to start anew")
+        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: "
+                        "finish it with that version, or use --overwrite to start anew")
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
     precision = getattr(torch, state["precision"]) if state else select_precision(c.PRECISION, device)
     threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
@@ -98,16 +99,16 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     if steps_per_epoch == 0:
         raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(images)} images: lower it")
     if state and state["images"] != len(images):
-        raise UserError(f"DATASET {c.DATASET!r} has {len(images)} images, and {state['images']} when {folder} was begun: "
-                        "bring them back, choose another RUN, or use --overwrite to start anew")
+        raise UserError(f"DATASET {c.DATASET!r} has {len(images)} images, and {state['images']} when {folder} was "
+                        "begun: bring them back, choose another RUN, or use --overwrite to start anew")
 
     with rank_0_first():
         model = build_model(c).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY)
-    run = Run(folder, c, steps_per_epoch, device, parts={"model": model, "optimizer": optimizer}, columns=COLUMNS, shown=SHOWN,
-              plot=plot_curves, facts={"images": len(images), "draws": VIEW_DRAWS, "precision": name_of(precision),
-                                       "threads": torch.get_num_threads(), "world_size": world,
-                                       "right_before": None, "right": None})
+    facts = {"images": len(images), "draws": VIEW_DRAWS, "precision": name_of(precision),
+             "threads": torch.get_num_threads(), "world_size": world, "right_before": None, "right": None}
+    run = Run(folder, c, steps_per_epoch, device, {"model": model, "optimizer": optimizer}, facts, COLUMNS, SHOWN,
+              plot_curves)
     if state:
         run.resume(state)
         run.facts |= {name: state.get(name) for name in ("right_before", "right")}
@@ -122,7 +123,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     if rank == 0:
         if c.overwrite:  # only now, when everything that could be wrong has been looked at
             clear_run(folder)
-        write_json(folder / "config.json", {"constants": constants_of(c), "environment": environment(device, precision)})
+        where = environment(device, precision)
+        write_json(folder / "config.json", {"constants": constants_of(c), "environment": where})
         sample = images[:12].to(device)
         plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
                                                             c.CROP_AREA, c.BLUR_P, c.JITTER))
@@ -142,7 +144,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
 
 
 def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, network: nn.Module,
-                 optimizer: torch.optim.Optimizer, precision: torch.dtype, draw: Callable, watch: Callable | None) -> None:
+                 optimizer: torch.optim.Optimizer, precision: torch.dtype, draw: Callable,
+                 watch: Callable | None) -> None:
     """BYOL, from the step where the run stands to its last, or until it is asked to stop.
 
     network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: of an
@@ -164,8 +167,8 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
                 knn = percent(run.facts["right"])
             run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), knn=knn)
             if spread < 0.1 * c.PROJECTION_DIM ** -0.5:
-                run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} is "
-                         "healthy; lower LEARNING_RATE or raise BASE_DECAY")
+                run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} "
+                         "is healthy; lower LEARNING_RATE or raise BASE_DECAY")
         if not run.goes_on():
             return
 
@@ -215,7 +218,7 @@ def distribute(model: BYOL, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
-    # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU those of rank 0 are the ones that are kept.
+    # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU those of rank 0 are the ones that stay.
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                                broadcast_buffers=False)
 
@@ -281,11 +284,11 @@ def resolve_auto(c: SimpleNamespace) -> None:
 
 
 def check_constants(c: SimpleNamespace) -> None:
-    check_ranges(c, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), JITTER=(0, 2), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
-                 EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf), LEARNING_RATE=(0, math.inf),
-                 WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf), BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf),
-                 CHECKPOINT_MINUTES=(0, math.inf))
-    if len(c.BLUR_P) != 2 or not all(0 <= p <= 1 for p in c.BLUR_P):
+    check_ranges(c, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), JITTER=(0, 2), BLUR_P=(0, 1),
+                 HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf), EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf),
+                 LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf),
+                 BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf), CHECKPOINT_MINUTES=(0, math.inf))
+    if len(c.BLUR_P) != 2:
         raise UsageError(f"BLUR_P is {','.join(map(str, c.BLUR_P))}: it must be two probabilities ({flag('BLUR_P')})")
     check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
     check_choice("BATCHNORM", c.BATCHNORM, ["batch", "frozen"])

@@ -5,10 +5,10 @@
     python train_classifier.py --run A,B,C       after train_byol.py --run A, B and C, which differ in SEED alone
     python train_classifier.py --folds           STL-10's own protocol: its ten folds of 1,000 labelled images
 
-Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes the
-rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began with
-ImageNet weights or a file's, two more arms show what BYOL is to be measured against: random weights, and those weights with
-nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those of the run.
+Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes
+the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began
+with ImageNet weights or a file's, two more arms show what BYOL is to be measured against: random weights, and those
+weights with nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those of the run.
 Reported is the accuracy on the test images after the last epoch, never the best one.
 """
 import base64
@@ -57,7 +57,7 @@ DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=(1e-2,))
-FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change as a comparison goes on
+FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change between calls
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
 HELD_OUT = 200  # labelled images, at least, that a rate is judged by, where so many are labelled
@@ -276,8 +276,8 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
     for config, of_run in zip(configs, runs):
         for name in OF_THE_RUN:
             if name in c.given and getattr(c, name) != of_run[name]:
-                raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: leave "
-                                 "the flag out, or pretrain a run with it")
+                raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: "
+                                 "leave the flag out, or pretrain a run with it")
             setattr(c, name, of_run[name])
         differ = [f"{name} {runs[0].get(name)} and {of_run.get(name)}" for name in runs[0].keys() | of_run.keys()
                   if name not in MAY_DIFFER and runs[0].get(name) != of_run.get(name)]

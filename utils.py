@@ -37,7 +37,8 @@ DEMO = {"DATASET": "patterns", "IMAGE_SIZE": 32, "INIT": "random", "RUN": "demo"
 
 
 # What torch.load raises for a file that is torn, foreign, or holds more than tensors and plain values
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,
+              pickle.UnpicklingError)
 
 
 class UserError(Exception):
@@ -150,7 +151,7 @@ def flag(name: str) -> str:
 
 
 def parser_of(default: Any) -> Callable[[str], Any]:
-    """How a flag's text becomes a value of its default's type; a tuple is comma-separated, with its words as they are."""
+    """How a flag's text becomes a value of its default's type; a tuple is comma-separated, its words as they are."""
     if isinstance(default, tuple):
         def numbers(text: str) -> tuple:
             return tuple(part if part in default else type(default[0])(part) for part in text.split(","))
@@ -257,8 +258,8 @@ def choose_threads(device: torch.device, begun_with: int | None = None) -> str:
 def free_cores(seconds: float = 0.3) -> int:
     """How many of the cores that this process may use no other keeps busy, at least 1; work of lower priority does not.
 
-    Counted over some tenths of a second, during which this process sleeps, and only on Linux; elsewhere all are free. The
-    load average would still show a run that ended a minute ago.
+    Counted over some tenths of a second, during which this process sleeps, and only on Linux; elsewhere all are free.
+    The load average would still show a run that ended a minute ago.
     """
     if not Path("/proc/stat").exists():
         return os.cpu_count() or 1
@@ -276,15 +277,15 @@ def free_cores(seconds: float = 0.3) -> int:
     time.sleep(seconds)
     busy = (busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
     free = len(mine) - busy
-    with contextlib.suppress(OSError, ValueError):  # a container's share: "200000 100000" is two cores, "max 100000" all
+    with contextlib.suppress(OSError, ValueError):  # a container's share: "200000 100000" is two cores
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         free = min(free, int(quota) / int(period))
     return max(1, round(free))
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors. It would hand large blocks back to the kernel, which clears each page
-    anew: 37,000 pages a step of 64 images at 48 px, a tenth of its time on a CPU. Nothing happens on other systems."""
+    """Let glibc reuse the memory of freed tensors. It would hand large blocks back to the kernel, which clears each
+    page anew: 37,000 a step of 64 images at 48 px, a tenth of its time on a CPU. Nothing happens on other systems."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)   # M_MMAP_MAX: no block gets a mapping of its own
