@@ -33,9 +33,9 @@ from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_o
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
 DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
-CROP_AREA = 0.08  # smallest share of an image that a view shows
-BLUR_P = (1.0, 0.1)  # probability of the blur in view 1 and in view 2
-JITTER = 1.0  # strength of the colour jitter, as a multiple of the paper's
+CROP_AREA = "auto"  # smallest share of an image that a view shows (paper: 0.08); auto: 0.5, if INIT is random 0.2
+BLUR_P = (0.3, 0.03)  # probability of the blur in view 1 and in view 2 (paper: 1, 0.1, at 224 pixels a side)
+JITTER = "auto"  # strength of the colour jitter, as a multiple of the paper's; auto: 0.5, if INIT is random 1
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
@@ -47,7 +47,7 @@ EPOCHS = 10  # passes over the unlabeled images
 BATCH_SIZE = 256  # images a step, over all GPUs together
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
 LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.2
-WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
+WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 5e-4
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
 BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1; auto: 1, if INIT is random 0.99
 SEED = 0  # of the weights, the order of the images and the views
@@ -58,11 +58,12 @@ PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 LOG_EVERY = 20  # steps between rows of metrics.csv; between them no step waits for its loss
 CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
-DEMO = DEMO | dict(EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
+DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
                    WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
-    "LEARNING_RATE": (0.2, 0.1), "BASE_DECAY": (0.99, 1.0), "BATCHNORM": ("batch", "frozen")}
+    "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
+    "LEARNING_RATE": (0.2, 0.1), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.99, 1.0)}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%"}  # of these, in a line
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back

@@ -57,8 +57,8 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
 
 def test_flags_win_over_the_demo_and_the_demo_over_the_constants():
     assert constants().DATASET == "stl10" and constants("--demo").DATASET == "patterns"
-    c = constants("--demo", "--epochs", "7", "--weight-decay=0.5")
-    assert (c.EPOCHS, c.WEIGHT_DECAY, c.RUN) == (7, 0.5, "demo") and c.given == {"EPOCHS", "WEIGHT_DECAY"}
+    c = constants("--demo", "--epochs", "7", "--warmup-epochs=0.5")
+    assert (c.EPOCHS, c.WARMUP_EPOCHS, c.RUN) == (7, 0.5, "demo") and c.given == {"EPOCHS", "WARMUP_EPOCHS"}
     c = constants("--seeds", "4,5", "--labels-per-class", "7,all", "--folds", script=train_classifier)
     assert (c.SEEDS, c.LABELS_PER_CLASS, c.FOLDS) == ((4, 5), (7, "all"), True)
     assert constants("--blur-p", "0.5,0").BLUR_P == (0.5, 0.0)
@@ -71,7 +71,7 @@ def test_both_demos_agree_on_the_data_and_the_run():
 
 @pytest.mark.parametrize("argv, message", [
     (["--batchsize", "3"], "unknown flag --batchsize: did you mean --batch-size?"), (["--xyzzy"], "see --help"),
-    (["--epochs", "many"], "--epochs.*invalid int value: 'many'"), (["--weight-decay", "fast"], "invalid float value"),
+    (["--epochs", "many"], "--epochs.*invalid int value: 'many'"), (["--warmup-epochs", "fast"], "invalid float value"),
     (["--epochs"], "expected one argument"), (["stray"], "unknown flag stray")])
 def test_wrong_flags_are_named(argv, message):
     with pytest.raises(UsageError, match=message):
