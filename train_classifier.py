@@ -8,17 +8,18 @@
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes
 the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began
 with ImageNet weights or a file's, two more arms show what BYOL is to be measured against: random weights, and those
-weights with nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those of the run.
-Reported is the accuracy on the test images after the last epoch, never the best one.
+weights with nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those of
+the run. Reported is the accuracy on the test images after the last epoch, never the best one.
 """
 import base64
 import math
 import sys
+from functools import partial
 from itertools import product, starmap
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -116,18 +117,19 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
           f"classes\n{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in "
           f"{results['environment']['precision']}{threads}", flush=True)
 
+    save = partial(write_json, folder / "results.json", results)
     with stop_signals() as signals:
         task = Task(c, train, test, device, precision, encoders, signals)
         for cell in starmap(Cell, product(c.SEEDS, arms, budgets, [c.EPOCHS])):
             if any(cell == cell_of(record) for record in results["records"]):
                 continue
             subset = folds[cell.seed] if cell.labels == FOLD else draw_subset(train.labels, cell.labels, cell.seed)
-            rate = choose_rate(task, cell, subset, results["trials"])
+            rate = choose_rate(task, cell, subset, results["trials"], save)
             record, network = train_cell(task, cell, subset, rate)
             if cell == (c.SEEDS[0], arms[-1], budgets[-1], c.EPOCHS):
                 save_torch(folder / "classifier.pt", plain_state_dict(network))
             results["records"].append(record)
-            write_json(folder / "results.json", results)
+            save()
             print(f"seed {cell.seed} {cell.labels:>4} labels {cell.arm:<14}"
                   + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
 
@@ -186,22 +188,21 @@ def train_cell(task: Task, cell: Cell, subset: Tensor, rate: float) -> tuple[dic
     return record | {"right": {name: pack(guess == test.labels) for name, guess in predicted.items()}}, network
 
 
-def choose_rate(task: Task, cell: Cell, subset: Tensor, trials: list[dict]) -> float:
-    """The rate of LEARNING_RATE that is best for the cell's arm and budget on held-out images.
+def choose_rate(task: Task, cell: Cell, subset: Tensor, trials: list[dict], save: Callable) -> float:
+    """The rate of LEARNING_RATE that is best for the cell's arm and budget on held-out images of its subset.
 
-    They are of the first subset that asks; `trials` holds what is known since, and takes on what is tried.
+    Asked with the first seed; `trials` holds what is known since, and takes on what is tried, which `save` keeps.
     """
     rates = task.c.LEARNING_RATE
-    if len(rates) == 1:
-        return rates[0]
     key = {"arm": cell.arm, "labels": cell.labels, "epochs": cell.epochs}
-    known = [trial for trial in trials if trial.items() >= key.items()]
-    if not known:
-        known = [key | {"rate": rate, "held out": held_out_accuracy(task, cell, subset, rate)} for rate in rates]
-        trials += known
-        print(f"{cell.labels:>4} labels {cell.arm:<14}  held out"
-              + ",".join(f" {trial['held out']:.1f} at rate {trial['rate']:g}" for trial in known), flush=True)
-    return max(known, key=lambda trial: trial["held out"])["rate"]
+    known = {trial["rate"]: trial["held out"] for trial in trials if trial.items() >= key.items()}
+    for rate in rates if len(rates) > 1 else ():
+        if rate not in known:
+            known[rate] = held_out_accuracy(task, cell, subset, rate)
+            trials.append(key | {"rate": rate, "held out": known[rate]})
+            save()
+            print(f"rate {rate:<6g} {cell.labels:>4} labels {cell.arm:<14}  held out {known[rate]:.1f}", flush=True)
+    return max(rates, key=known.get) if known else rates[0]
 
 
 def held_out_accuracy(task: Task, cell: Cell, subset: Tensor, rate: float) -> float:

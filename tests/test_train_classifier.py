@@ -292,10 +292,14 @@ def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pret
     assert compare(*argv, "--seeds", "0,1") == 0
     assert asked == [(*key, rate) for key in best for rate in (0.05, 0.1, 0.2)], "once for all seeds"
     assert [r["rate"] for r in results()["records"]] == [*best.values()] * 2 == tuned
-    assert "  3 labels with BYOL       held out 50.0 at rate 0.05, 51.0 at rate 0.1, 50.0 at rate 0.2" in capsys.readouterr().out
+    assert "rate 0.1       3 labels with BYOL       held out 51.0\n" in capsys.readouterr().out
     assert compare(*argv, "--seeds", "1,0,2") == 0 and len(asked) == 12, "nor for seeds that are added"
+    found = results()
+    del found["trials"][4], found["records"][1:]  # as if it had been stopped in the second search
+    (pretrained / "results.json").write_text(json.dumps(found))
+    assert compare(*argv, "--seeds", "0") == 0 and asked[12:] == [(BASELINE, "all", 0.1)], "what is known is kept"
     assert [trial["held out"] for trial in results()["trials"]].count(51) == 4
-    assert compare(*argv, "--seeds", "0", "--epochs", "1") == 0 and len(asked) == 24, "another length is tuned by itself"
+    assert compare(*argv, "--seeds", "0", "--epochs", "1") == 0 and len(asked) == 25, "another length is tuned by itself"
 
 
 @pytest.mark.parametrize("enough, folds", [(1, 1), (25, 3), (1000, 5)])
