@@ -4,6 +4,7 @@ import ast
 import contextlib
 import ctypes
 import difflib
+import functools
 import importlib.util
 import io
 import math
@@ -483,6 +484,7 @@ def gain_of(gains: Tensor) -> tuple[float, float]:
     return mean, math.sqrt(repetitions + t_quantile(0.975, n - 1) ** 2 * images)
 
 
+@functools.cache
 def t_quantile(p: float, freedom: int) -> float:
     """Quantile of Student's t, by its density in the angle whose tangent is t / sqrt(freedom): cos^(freedom - 1)."""
     angle = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
