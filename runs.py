@@ -106,7 +106,7 @@ def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
     """Raise UserError, naming them, where constants other than the `free` ones differ from those in `path`."""
     before, now = json.loads(json.dumps([before, now]))  # tuples become lists, as in a JSON file
     changed = [f"{name} {value} -> {now.get(name)}" for name, value in before.items()  # an earlier version knew fewer
-               if value != now.get(name) and name not in free]
+               if value not in (now.get(name), "auto") and name not in free]
     if changed:
         raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
                         "--overwrite to start anew" + (" (the schedules span all EPOCHS: a longer run is another run)"
@@ -265,6 +265,12 @@ class Run:
         with stop_signals() as self.signals, progress(total=self.total_steps * batch, initial=self.step * batch,
                                                       unit="image", unit_scale=True) as self.bar:
             yield
+
+    def note(self, **row: float) -> None:
+        """A row of metrics.csv from outside the training, whose time is not that of any step."""
+        if self.rank == 0:
+            self.metrics.append(**row)
+        self.logged = time.monotonic()
 
     @property
     def epoch_ends(self) -> bool:

@@ -58,8 +58,8 @@ PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 LOG_EVERY = 20  # steps between rows of metrics.csv; between them no step waits for its loss
 CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
-DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, WEIGHT_DECAY=1e-4,
-                   WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
+DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3,
+                   WEIGHT_DECAY=1e-4, WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
@@ -89,7 +89,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     if state and state["step"] == state["total_steps"]:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
-    if state and state.get("draws") != VIEW_DRAWS:
+    if state and (state.get("draws") != VIEW_DRAWS or "JITTER" not in state["constants"]):
         raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: "
                         "finish it with that version, or use --overwrite to start anew")
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
@@ -107,12 +107,12 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
         model = build_model(c).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY)
     facts = {"images": len(images), "draws": VIEW_DRAWS, "precision": name_of(precision),
-             "threads": torch.get_num_threads(), "world_size": world, "right_before": None, "right": None}
+             "threads": torch.get_num_threads(), "world_size": world, "right_before": None}
     run = Run(folder, c, steps_per_epoch, device, {"model": model, "optimizer": optimizer}, facts, COLUMNS, SHOWN,
               plot_curves)
     if state:
         run.resume(state)
-        run.facts |= {name: state.get(name) for name in ("right_before", "right")}
+        run.facts["right_before"] = state["right_before"]
         if state["world_size"] != world:
             say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
         state = None  # its memory is not needed any more
@@ -133,26 +133,26 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
         if run.step == 0 and watch and rank == 0:  # what BYOL has to rise above
             run.facts["right_before"] = watch(model.online_encoder)
             knn = percent(run.facts["right_before"])
-            run.metrics.append(step=0, epoch=0, knn=knn)
+            run.note(step=0, epoch=0, knn=knn)
             say(f"kNN {knn:.1f}% before the first step")
-        train_epochs(c, run, images, model, network, optimizer, precision, draw, watch)
+        right = train_epochs(c, run, images, model, network, optimizer, precision, draw, watch)
         run.finish("encoder.pt", plain_state_dict(model.online_encoder))
-    before, after = run.facts["right_before"], run.facts["right"]
-    if before is not None and after is not None and len(before) == len(after):  # not where train/ changed on the way
-        say(verdict(before, after, c.INIT))
+    before = run.facts["right_before"]
+    if before is not None and right is not None and len(before) == len(right):  # not where train/ changed on the way
+        say(verdict(before, right, c.INIT))
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
         + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
 
 
 def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, network: nn.Module,
                  optimizer: torch.optim.Optimizer, precision: torch.dtype, draw: Callable,
-                 watch: Callable | None) -> None:
-    """BYOL, from the step where the run stands to its last, or until it is asked to stop.
+                 watch: Callable | None) -> Tensor | None:
+    """BYOL, from the step where the run stands to its last, or until it is asked to stop; what `watch` saw last.
 
     network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: of an
     encoder, which held-out images kNN gets right.
     """
-    warmup_steps = min(round(c.WARMUP_EPOCHS * run.steps_per_epoch), run.total_steps // 2)
+    right, warmup_steps = None, min(round(c.WARMUP_EPOCHS * run.steps_per_epoch), run.total_steps // 2)
     indices = batch_indices(c.SEED, len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
     for batch in batches(images, indices, run.device):
         generator = seeded_generator(c.SEED, "views", run.step, run.rank)
@@ -164,14 +164,15 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
         if run.row_is_due:
             knn = ""
             if run.epoch_ends and watch:
-                run.facts["right"] = watch(model.online_encoder)
-                knn = percent(run.facts["right"])
+                right = watch(model.online_encoder)
+                knn = percent(right)
             run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), knn=knn)
             if spread < 0.1 * c.PROJECTION_DIM ** -0.5:
                 run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} "
-                         "is healthy; lower LEARNING_RATE or raise BASE_DECAY")
+                         "is healthy; lower LEARNING_RATE" + " or raise BASE_DECAY" * (c.BASE_DECAY < 1))
         if not run.goes_on():
-            return
+            break
+    return right
 
 
 def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],
@@ -270,7 +271,7 @@ def verdict(before: Tensor, after: Tensor, init: str) -> str:
     return line + {"cannot tell": f"{len(after):,} held-out images cannot tell whether pretraining changed it",
                    "gained": "pretraining gained",
                    "LOST": "pretraining LOST; " + ("train for more EPOCHS: kNN falls at first" if init == "random" else
-                                                   "lower LEARNING_RATE, raise BASE_DECAY to 1, or raise CROP_AREA"),
+                                                   "lower LEARNING_RATE or raise CROP_AREA"),
                    }[verdict_of(gain, half)]
 
 

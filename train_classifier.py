@@ -15,11 +15,12 @@ import base64
 import math
 import sys
 from functools import partial
+from hashlib import sha256
 from itertools import product, starmap
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -83,7 +84,8 @@ class Task(NamedTuple):
     test: Split
     device: torch.device
     precision: torch.dtype
-    encoders: list[Path]  # one of each pretraining run
+    encoders: list[Path]  # one of each pretraining run; a seed takes the one whose number is seed modulo runs
+    folds: list[Tensor] = []
     signals: list[int] = []
 
 
@@ -93,8 +95,10 @@ def run(c: SimpleNamespace) -> None:
     check_constants(c)
     if c.FOLDS:
         c.SEEDS, c.LABELS_PER_CLASS = tuple(range(10)), (FOLD,)
-    if len(c.SEEDS) < len(encoders):
-        raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} are fewer than the runs {c.RUN}: give each run a seed")
+    turns = [sum(seed % len(encoders) == i for seed in c.SEEDS) for i in range(len(encoders))]
+    if len(set(turns)) > 1:
+        raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} do not take the runs {c.RUN} equally often: of "
+                         f"{len(turns)} runs, seed s takes that of number s modulo {len(turns)}, counted from 0")
     folder = run_folder(*c.RUN.split(","))
     with only_writer(folder):
         compare(c, folder, encoders)
@@ -111,7 +115,10 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
                          "lower it")
     folds = load_folds(c.DATA_ROOT, len(train.labels)) if c.FOLDS else []
     budgets = affordable(c.LABELS_PER_CLASS, train)
-    results = open_results(folder / "results.json", c, environment(device, precision))
+    inputs = {str(path): sha256(path.read_bytes()).hexdigest() for path in encoders}
+    inputs |= {f"{name}/ of DATASET": sha256(repr((split.classes, split.labels.tolist())).encode()).hexdigest()
+               for name, split in (("train", train), ("test", test))}
+    results = open_results(folder / "results.json", c, environment(device, precision), inputs)
     arms = ([BASELINE] if c.INIT == "random" else [RANDOM, BASELINE, BATCHNORM]) + [WITH_BYOL] * bool(encoders)
     print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
           f"classes\n{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in "
@@ -119,14 +126,13 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
 
     save = partial(write_json, folder / "results.json", results)
     with stop_signals() as signals:
-        task = Task(c, train, test, device, precision, encoders, signals)
+        task = Task(c, train, test, device, precision, encoders, folds, signals)
         for cell in starmap(Cell, product(c.SEEDS, arms, budgets, [c.EPOCHS])):
             if any(cell == cell_of(record) for record in results["records"]):
                 continue
-            subset = folds[cell.seed] if cell.labels == FOLD else draw_subset(train.labels, cell.labels, cell.seed)
-            rate = choose_rate(task, cell, subset, results["trials"], save)
-            record, network = train_cell(task, cell, subset, rate)
-            if cell == (c.SEEDS[0], arms[-1], budgets[-1], c.EPOCHS):
+            record, network = train_cell(task, cell, choose_rate(task, cell, results["trials"], save))
+            longest = max([c.EPOCHS, *(record["epochs"] for record in results["records"])])
+            if cell == (c.SEEDS[0], arms[-1], budgets[-1], longest):
                 save_torch(folder / "classifier.pt", plain_state_dict(network))
             results["records"].append(record)
             save()
@@ -152,14 +158,11 @@ def cell_of(record: dict) -> Cell:
 
 
 def build_arm(task: Task, arm: str, seed: int) -> tuple[nn.Module, int, Path | None]:
-    """The encoder that an arm starts from, the number of its features, and the file of BYOL's.
-
-    Of several pretraining runs each seed takes one, in turn, so that repetitions of the comparison share nothing.
-    """
+    """The encoder that an arm starts from, the number of its features, and the file of BYOL's."""
     c, path = task.c, None
     encoder, feature_dim = build_encoder(c.ENCODER, c.INIT if arm in (BASELINE, BATCHNORM) else "random", seed)
     if arm == WITH_BYOL:
-        path = task.encoders[c.SEEDS.index(seed) % len(task.encoders)]
+        path = task.encoders[seed % len(task.encoders)]
         load_encoder(encoder, read_weights(path), path)
     encoder = encoder.to(task.device, memory_format=torch.channels_last)
     if arm == BATCHNORM:
@@ -171,9 +174,14 @@ def features_of(task: Task, network: nn.Module, pixels: Tensor) -> Tensor:
     return extract_features(network, pixels, task.device, task.precision).cpu()
 
 
-def train_cell(task: Task, cell: Cell, subset: Tensor, rate: float) -> tuple[dict, nn.Module]:
+def subset_of(task: Task, cell: Cell) -> Tensor:
+    """Indices of the training images that a cell learns from."""
+    return task.folds[cell.seed] if cell.labels == FOLD else draw_subset(task.train.labels, cell.labels, cell.seed)
+
+
+def train_cell(task: Task, cell: Cell, rate: float) -> tuple[dict, nn.Module]:
     """One cell's record, with the images that each protocol got right, and the network that was fine-tuned."""
-    train, test = task.train, task.test
+    train, test, subset = task.train, task.test, subset_of(task, cell)
     encoder, feature_dim, path = build_arm(task, cell.arm, cell.seed)
     bank = features_of(task, encoder, fetch(train.pixels, subset, train.pixels.device))
     queries, labels = features_of(task, encoder, test.pixels), train.labels[subset]
@@ -188,26 +196,26 @@ def train_cell(task: Task, cell: Cell, subset: Tensor, rate: float) -> tuple[dic
     return record | {"right": {name: pack(guess == test.labels) for name, guess in predicted.items()}}, network
 
 
-def choose_rate(task: Task, cell: Cell, subset: Tensor, trials: list[dict], save: Callable) -> float:
-    """The rate of LEARNING_RATE that is best for the cell's arm and budget on held-out images of its subset.
+def choose_rate(task: Task, cell: Cell, trials: list[dict], save: Callable) -> float:
+    """The rate of LEARNING_RATE that is best for the cell's arm and budget on held-out images, with the first seed.
 
-    Asked with the first seed; `trials` holds what is known since, and takes on what is tried, which `save` keeps.
+    `trials` holds what is known already, and takes on what is tried, which `save` keeps.
     """
     rates = task.c.LEARNING_RATE
-    key = {"arm": cell.arm, "labels": cell.labels, "epochs": cell.epochs}
+    key = cell._asdict() | {"seed": trials[0]["seed"] if trials else task.c.SEEDS[0]}  # one for all arms, also later
     known = {trial["rate"]: trial["held out"] for trial in trials if trial.items() >= key.items()}
     for rate in rates if len(rates) > 1 else ():
         if rate not in known:
-            known[rate] = held_out_accuracy(task, cell, subset, rate)
+            known[rate] = held_out_accuracy(task, Cell(**key), rate)
             trials.append(key | {"rate": rate, "held out": known[rate]})
             save()
             print(f"rate {rate:<6g} {cell.labels:>4} labels {cell.arm:<14}  held out {known[rate]:.1f}", flush=True)
     return max(rates, key=known.get) if known else rates[0]
 
 
-def held_out_accuracy(task: Task, cell: Cell, subset: Tensor, rate: float) -> float:
+def held_out_accuracy(task: Task, cell: Cell, rate: float) -> float:
     """Accuracy on fifths of the subset, each held out from a training of its own: as many as hold HELD_OUT images."""
-    train, seed = task.train, cell.seed
+    train, seed, subset = task.train, cell.seed, subset_of(task, cell)
     mixed = subset[torch.randperm(len(subset), generator=seeded_generator(seed, "held out"))]
     mixed = mixed[train.labels[mixed].argsort(stable=True)]  # so that every fifth holds a fifth of each class
     right = []
@@ -273,6 +281,9 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
     configs = [run_folder(name) / "config.json" for name in c.RUN.split(",")]
     if len(configs) == 1 and not configs[0].exists():
         return []
+    for config in configs:
+        if not config.exists():
+            raise UserError(f"RUN {c.RUN}: there is no {config}: pretrain that run first")
     runs = [read_json(config, "constants")["constants"] for config in configs]
     for config, of_run in zip(configs, runs):
         for name in OF_THE_RUN:
@@ -280,8 +291,8 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
                 raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: "
                                  "leave the flag out, or pretrain a run with it")
             setattr(c, name, of_run[name])
-        differ = [f"{name} {runs[0].get(name)} and {of_run.get(name)}" for name in runs[0].keys() | of_run.keys()
-                  if name not in MAY_DIFFER and runs[0].get(name) != of_run.get(name)]
+        differ = [f"{name} {runs[0][name]} and {of_run[name]}" for name in runs[0].keys() & of_run.keys() - MAY_DIFFER
+                  if runs[0][name] != of_run[name]]
         if differ:
             raise UsageError(f"RUN {c.RUN}: {configs[0]} and {config} differ in {', '.join(sorted(differ))}; runs that "
                              "are compared together differ in SEED alone")
@@ -293,14 +304,20 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
     return [config.with_name("encoder.pt") for config in configs]
 
 
-def open_results(path: Path, c: SimpleNamespace, where: dict) -> dict:
-    """Results so far: a comparison goes on at the first seed, arm or budget that is missing."""
+def open_results(path: Path, c: SimpleNamespace, where: dict, inputs: dict[str, str]) -> dict:
+    """Results so far: a comparison goes on at the first seed, arm or budget that is missing.
+
+    inputs: digests of what the results depend on, by name. Raises UserError where results are there of others.
+    """
     if c.overwrite or not path.exists():
-        return {"constants": constants_of(c), "environment": where, "trials": [], "records": []}
-    results = read_json(path, "trials")
+        return {"constants": constants_of(c), "environment": where, "inputs": inputs, "trials": [], "records": []}
+    results = read_json(path, "inputs")
+    for name in results["inputs"].keys() & inputs.keys():  # BYOL's arm may be new
+        if results["inputs"][name] != inputs[name]:
+            raise UserError(f"{path} was measured with another {name}: use --overwrite to compare anew")
     same_constants(results["constants"] | {"precision": results["environment"]["precision"]},
                    constants_of(c) | {"precision": where["precision"]}, path, FREE)
-    return results | {"constants": constants_of(c)}
+    return results | {"constants": constants_of(c), "inputs": inputs}
 
 
 def pack(right: Tensor) -> str:
@@ -433,7 +450,7 @@ def report(task: Task, folder: Path, results: dict, arms: list[str], budgets: li
         panels = {label_text(labels): {arm: [tuned(arm, labels, epochs) for epochs in lengths] for arm in arms}
                   for labels in budgets}
         steps = [epochs * (len(task.train.labels) // c.BATCH_SIZE) for epochs in lengths]
-        plot_lines(folder / "steps.png", panels, steps, "fine-tuning steps", caption(c))
+        plot_lines(folder / "steps.png", panels, steps, "fine-tuning steps", caption(c, lengths))
     if task.encoders:
         shown = [(arm, features_of(task, build_arm(task, arm, c.SEEDS[0])[0], test.pixels))
                  for arm in (BASELINE, WITH_BYOL)]
@@ -479,18 +496,21 @@ def label_text(labels: int | str) -> str:
     return {"all": "all labels", FOLD: "folds of 1,000 labels"}.get(labels, f"{labels} labels a class")
 
 
-def caption(c: SimpleNamespace) -> str:
-    """What the numbers are, for table and figures, in lines of at most 80 characters."""
+def caption(c: SimpleNamespace, lengths: Sequence[int] = ()) -> str:
+    """What the numbers are, for table and figures, in lines of at most 80 characters. lengths: where there are several."""
+    epochs = ", ".join(map(str, lengths or [c.EPOCHS]))
     seeds, runs = ", ".join(map(str, c.SEEDS)), c.RUN.count(",") + 1
     spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights"
               if len(c.SEEDS) > 1 else f"seed {seeds}")
     data = Path(c.DATASET).resolve().name  # a folder's name says enough, and a path may be long
     return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {c.INIT} weights\n{spread}\n"
-            f"{'one pretraining run' if runs == 1 else f'{runs} pretraining runs, in turn'}; fine-tuned for {c.EPOCHS} "
+            f"{'one pretraining run' if runs == 1 else f'{runs} pretraining runs, in turn'}; fine-tuned for {epochs} "
             "epochs, the last one reported")
 
 
 def check_constants(c: SimpleNamespace) -> None:
+    if not isinstance(c.LEARNING_RATE, tuple):
+        c.LEARNING_RATE = (c.LEARNING_RATE,)
     check_ranges(c, IMAGE_SIZE=(16, math.inf), EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf),
                  LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf),
                  CROP_AREA=(0.01, 1))
@@ -502,6 +522,8 @@ def check_constants(c: SimpleNamespace) -> None:
     if len(set(budgets)) != len(budgets) or not all(b == "all" or b > 0 for b in budgets):
         raise UsageError(f"LABELS_PER_CLASS {','.join(map(str, budgets))} must be different positive numbers or 'all' "
                          f"({flag('LABELS_PER_CLASS')})")
+    if 1 in budgets and len(c.LEARNING_RATE) > 1:
+        raise UsageError("LABELS_PER_CLASS 1 leaves no image to choose a rate by: give one LEARNING_RATE")
     if c.FOLDS and c.DATASET != "stl10":
         raise UsageError(f"FOLDS are STL-10's, and DATASET is {c.DATASET!r}: leave --folds out")
 

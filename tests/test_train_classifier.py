@@ -258,6 +258,7 @@ def test_a_missing_split_is_named(pretrained, split, capsys):
                                            (["--labels-per-class", "0"], "LABELS_PER_CLASS 0 must"),
                                            (["--labels-per-class", "3,3"], "LABELS_PER_CLASS 3,3 must"),
                                            (["--labels-per-class", "3,some"], "--labels-per-class"),
+                                           (["--labels-per-class", "1,3", "--learning-rate", "0.1,0.2"], "LABELS_PER_CLASS 1 leaves"),
                                            (["--folds"], "FOLDS are STL-10's, and DATASET is"), (["--epochs", "-1"], "EPOCHS is -1")])
 def test_mistakes_end_in_one_line(pretrained, capsys, argv, message):
     capsys.readouterr()
@@ -280,9 +281,9 @@ def test_the_classifier_loads_into_plain_torchvision(tmp_path):
 def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pretrained, monkeypatch, capsys):
     asked, best = [], {(BASELINE, 3): 0.2, (BASELINE, "all"): 0.05, (WITH_BYOL, 3): 0.1, (WITH_BYOL, "all"): 0.2}
 
-    def held_out(task, cell, subset, rate):
+    def held_out(task, cell, rate):
         asked.append((cell.arm, cell.labels, rate))
-        assert cell.seed == 0 and len(subset) == {3: 6, "all": 20}[cell.labels]
+        assert cell.seed == 0, "all arms are tuned on the same images, also later"
         return 50.0 + (rate == best[cell.arm, cell.labels])
 
     tuned, tune = [], train_classifier.fine_tune
@@ -297,7 +298,7 @@ def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pret
     found = results()
     del found["trials"][4], found["records"][1:]  # as if it had been stopped in the second search
     (pretrained / "results.json").write_text(json.dumps(found))
-    assert compare(*argv, "--seeds", "0") == 0 and asked[12:] == [(BASELINE, "all", 0.1)], "what is known is kept"
+    assert compare(*argv, "--seeds", "1") == 0 and asked[12:] == [(BASELINE, "all", 0.1)], "what is known is kept"
     assert [trial["held out"] for trial in results()["trials"]].count(51) == 4
     assert compare(*argv, "--seeds", "0", "--epochs", "1") == 0 and len(asked) == 25, "another length is tuned by itself"
 
@@ -313,7 +314,8 @@ def test_a_rate_is_judged_by_fifths_of_the_subset_that_were_held_out(monkeypatch
     monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: pairs.append([args[3]]) or tune(*args))
     monkeypatch.setattr(train_classifier, "extract_features", lambda n, pixels, *a: pairs[-1].append(pixels) or extract(n, pixels, *a))
     c = constants("--init", "random")
-    accuracy = train_classifier.held_out_accuracy(train_classifier.Task(c, train, None, CPU, torch.float32, []), Cell(0, BASELINE, 5, c.EPOCHS), subset, 0.04)
+    task = train_classifier.Task(c, train, None, CPU, torch.float32, [])
+    accuracy = train_classifier.held_out_accuracy(task, Cell(0, BASELINE, 5, c.EPOCHS), 0.04)
     assert len(pairs) == folds and 0 <= accuracy <= 100
     held_out = [next(i for i in subset.tolist() if torch.equal(train.pixels[i], image)) for _, images in pairs for image in images]
     assert len(set(held_out)) == len(held_out) == 10 * folds
@@ -325,14 +327,31 @@ def test_a_rate_is_judged_by_fifths_of_the_subset_that_were_held_out(monkeypatch
 
 def test_other_lengths_are_kept_beside_and_drawn_against_the_steps(pretrained, monkeypatch):
     drawn = []
-    monkeypatch.setattr(train_classifier, "plot_lines", lambda path, panels, x, *a: drawn.append((path.name, panels, x)))
+    monkeypatch.setattr(train_classifier, "plot_lines", lambda path, panels, x, _, caption: drawn.append((path.name, panels, x, caption)))
     assert compare("--seeds", "0") == 0 and not drawn
     first = results()["records"]
     assert compare("--seeds", "0", "--epochs", "4") == 0 and results()["records"][:2] == first
-    (name, panels, steps), = drawn
+    (name, panels, steps, captions), = drawn
+    assert "fine-tuned for 2, 4 epochs" in captions
+    classifier = (pretrained / "classifier.pt").read_bytes()
     assert name == "steps.png" and steps == [4, 8] and panels.keys() == {"all labels"}
     assert panels["all labels"][WITH_BYOL] == [[r["fine-tuning"] for r in results()["records"] if
                                                 (r["arm"], r["epochs"]) == (WITH_BYOL, epochs)] for epochs in (2, 4)]
+    assert compare("--seeds", "0", "--epochs", "1") == 0, "a shorter one leaves the network of the longest"
+    assert (pretrained / "classifier.pt").read_bytes() == classifier
+
+
+@pytest.mark.parametrize("change, name", [("encoder", "runs/tiny/encoder.pt"), ("test", "test/ of DATASET")])
+def test_results_of_another_encoder_or_of_other_images_are_not_mixed(pretrained, capsys, change, name):
+    assert compare("--seeds", "0") == 0
+    if change == "encoder":
+        weights = torch.load(pretrained / "encoder.pt", weights_only=True)
+        torch.save({key: value + 1 for key, value in weights.items()}, pretrained / "encoder.pt")
+    else:
+        (Path("images/test/b/9.png")).rename("images/test/a/new.png")
+    assert compare("--seeds", "0,1") == 1
+    assert f"results.json was measured with another {name}: use --overwrite" in capsys.readouterr().err
+    assert compare("--seeds", "0", "--overwrite") == 0
 
 
 def test_runs_that_differ_in_their_seed_are_compared_together(images, capsys):
@@ -352,13 +371,15 @@ def test_runs_that_differ_in_their_seed_are_compared_together(images, capsys):
     out = capsys.readouterr().out
     assert "2 pretraining runs, in turn" in out and "over runs, seeds and test images" in out
     assert max(map(len, out.splitlines())) <= 80
-    for argv, needle in ((["--seeds", "0"], "fewer than the runs of3,of4"), (["--run", "of3,of3"], "the same SEED")):
+    for argv, needle in ((["--seeds", "0,1,2"], "do not take the runs of3,of4 equally often: of 2 runs"),
+                         (["--seeds", "0,2"], "equally often"), (["--run", "of3,of3", "--seeds", "0,1"], "the same SEED")):
         assert compare(*both, *argv) == 2 and needle in capsys.readouterr().err
-    assert compare("--run", "of3,missing") == 1 and "runs/missing/config.json cannot be read" in capsys.readouterr().err
+    assert compare("--run", "of3,missing", "--seeds", "0,1") == 1
+    assert "there is no runs/missing/config.json: pretrain that run first" in capsys.readouterr().err
     assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", "other", "--seed", "5",
                             "--crop-area", "0.5"]) == 0
-    assert compare("--run", "of3,other") == 2
-    assert "differ in CROP_AREA 0.08 and 0.5; runs that are compared together" in capsys.readouterr().err
+    assert compare("--run", "of3,other", "--seeds", "0,1") == 2
+    assert "differ in CROP_AREA 0.2 and 0.5; runs that are compared together" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- fairness
