@@ -55,8 +55,8 @@ def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace)
             axis.annotate("fills the sphere", (0.98, healthy), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom", color=GRAY, fontsize=8)
             axis.set_ylim(0, healthy * 1.15)
-    figure.suptitle(f"{c.RUN}: {c.ENCODER} from {c.INIT} weights, {Path(c.DATASET).resolve().name} at {c.IMAGE_SIZE} "
-                    f"px, batch {c.BATCH_SIZE}, seed {c.SEED}", fontsize=9)
+    figure.suptitle(f"{c.RUN}: {c.ENCODER} from {Path(c.INIT).name} weights, {Path(c.DATASET).resolve().name} at "
+                    f"{c.IMAGE_SIZE} px, batch {c.BATCH_SIZE}, seed {c.SEED}", fontsize=9)
     save_figure(figure, path)
 
 

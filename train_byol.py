@@ -116,8 +116,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
         if state["world_size"] != world:
             say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
         state = None  # its memory is not needed any more
-    say(f"BYOL: {len(images):,} images, {c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} epochs of "
-        f"{steps_per_epoch} steps, on {device} in {name_of(precision)}{threads}"
+    say(f"BYOL: {len(images):,} images, {c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} "
+        f"epochs of {steps_per_epoch} steps, on {device} in {name_of(precision)}{threads}"
         + (f", from step {run.step} of {run.total_steps}" if run.step else ""))
     network, draw = compiled(distribute(model, device), model, device, run.total_steps - run.step)
     watch = partial(monitor, train=train, seed=c.SEED, device=device, precision=precision) if train else None

@@ -121,7 +121,7 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     results = open_results(folder / "results.json", c, environment(device, precision), inputs)
     arms = ([BASELINE] if c.INIT == "random" else [RANDOM, BASELINE, BATCHNORM]) + [WITH_BYOL] * bool(encoders)
     print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
-          f"classes\n{c.ENCODER} from {c.INIT} weights at {c.IMAGE_SIZE} px, on {device} in "
+          f"classes\n{c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in "
           f"{results['environment']['precision']}{threads}", flush=True)
 
     save = partial(write_json, folder / "results.json", results)
@@ -497,13 +497,13 @@ def label_text(labels: int | str) -> str:
 
 
 def caption(c: SimpleNamespace, lengths: Sequence[int] = ()) -> str:
-    """What the numbers are, for table and figures, in lines of at most 80 characters. lengths: where there are several."""
+    """What the numbers are, for table and figures, in lines of at most 80 characters. lengths: all that are shown."""
     epochs = ", ".join(map(str, lengths or [c.EPOCHS]))
     seeds, runs = ", ".join(map(str, c.SEEDS)), c.RUN.count(",") + 1
     spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights"
               if len(c.SEEDS) > 1 else f"seed {seeds}")
     data = Path(c.DATASET).resolve().name  # a folder's name says enough, and a path may be long
-    return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {c.INIT} weights\n{spread}\n"
+    return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {Path(c.INIT).name} weights\n{spread}\n"
             f"{'one pretraining run' if runs == 1 else f'{runs} pretraining runs, in turn'}; fine-tuned for {epochs} "
             "epochs, the last one reported")
 

@@ -125,7 +125,7 @@ def test_an_init_that_is_not_random_has_two_more_arms(images, tmp_path, capsys, 
 def test_all_four_arms_reach_the_table_and_the_figures(images, capsys, monkeypatch):
     figures, save = [], plots.save_figure
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
-    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--init", "weights.pt", "--run", "tiny"]) == 0
+    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--init", "long/" * 20 + "weights.pt", "--run", "tiny"]) == 0
     asked, reestimate = [], train_classifier.reestimate_batchnorm
     monkeypatch.setattr(train_classifier, "reestimate_batchnorm", lambda *a: asked.append(a) or reestimate(*a))
     capsys.readouterr()
