@@ -437,6 +437,21 @@ with only_writer(run_folder("parts")):
     assert train_byol.main(stopped) == 0, "the lock of a dead process is no obstacle"
 
 
+def test_a_reader_who_leaves_ends_the_run_without_a_traceback(tmp_path):
+    write_folder(tmp_path / "images", unlabeled=20)
+    process = subprocess.Popen([sys.executable, "-c", f"""
+import sys
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+import train_byol
+from conftest import small_encoder
+train_byol.build_encoder = small_encoder
+sys.exit(train_byol.main({["--dataset", "images", *TINY, "--epochs", "400"]}))"""],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("BYOL: 20 images")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
+
+
 def test_a_second_interrupt_stops_at_once(stopped, monkeypatch, capsys):
     def twice(*args):
         os.kill(os.getpid(), signal.SIGINT)
