@@ -37,18 +37,27 @@ def run_folder(*names: str) -> Path:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise CannotWrite, which names the path and the way out, where what is done inside cannot write."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder "
+                          "writable, then run the same command again") from error
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file under a temporary name, flush it to disk, rename it: no reader or crash meets half a file."""
     partial = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -56,27 +65,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def clear_run(folder: Path) -> None:
     """Remove a run's files, all but the lock that this process holds, and the checkpoints first."""
-    try:
+    with writing(folder):
         for path in sorted(folder.iterdir(), key=lambda path: not path.name.startswith("checkpoint")):
             if path.name != LOCK and path.is_file():
                 path.unlink()
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> CannotWrite:
-    return CannotWrite(f"cannot write {path} ({error.strerror or one_line(error)}): make space or the folder writable, "
-                       "then run the same command again")
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the run's folder for this process; the system lets go of it when the process ends, however it ends."""
-    try:
+    with writing(folder / LOCK):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "w")
-    except OSError as error:
-        raise cannot_write(folder / LOCK, error) from error
     with lock:
         try:
             if fcntl:
@@ -188,20 +188,14 @@ class Metrics:
             numbers.append(math.nan if value == "" else float(value))
 
     def append(self, **row: float | str) -> None:
-        try:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        with writing(self.path), open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         self.remember(row)
 
     def flush(self) -> None:
         """Bring the rows to the disk, so that no checkpoint is ever ahead of them."""
-        try:
-            with open(self.path, "a") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        with writing(self.path), open(self.path, "a") as file:
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

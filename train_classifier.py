@@ -8,8 +8,8 @@
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes
 the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began
 with ImageNet weights or a file's, two more arms show what BYOL is to be measured against: random weights, and those
-weights with nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those of
-the run. Reported is the accuracy on the test images after the last epoch, never the best one.
+weights with nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those
+of the run. Reported is the accuracy on the test images after the last epoch, never the best one.
 """
 import base64
 import math
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from byol import CROP_DRAWS, crop_of, crop_resize, learning_rate, normalize, send
 from data import Split, fetch, load_folds, load_split, place
@@ -33,8 +34,8 @@ from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
                    check_choice, check_ranges, choose_threads, constants_of, environment, extract_features, flag,
-                   gain_of, knn_predict, load_encoder, plain_state_dict, progress, read_weights, run_script,
-                   seeded_generator, seeded_init, select_device, select_precision, set_rate, verdict_of)
+                   gain_of, knn_predict, load_encoder, network_input, plain_state_dict, progress, read_weights,
+                   run_script, seeded_generator, seeded_init, select_device, select_precision, set_rate, verdict_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
@@ -229,26 +230,16 @@ def held_out_accuracy(task: Task, cell: Cell, rate: float) -> float:
     return 100 * torch.cat(right).double().mean().item()
 
 
-@torch.no_grad()
 def reestimate_batchnorm(encoder: nn.Module, pixels: Tensor, device: torch.device, precision: torch.dtype,
                          batch_size: int = 256) -> None:
     """Give the encoder's BatchNorm the mean statistics of batches of these images, uint8 [N,3,S,S]; no weight moves.
 
     What any pass through the network in train mode does by itself: a gain that this has, too, is not BYOL's.
     """
-    layers = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # the mean of all batches, equally weighted
-    encoder.train()
     order = torch.randperm(len(pixels), generator=seeded_generator(0, "BatchNorm"))  # a folder's come class by class
-    for index in order.split(batch_size)[:max(1, len(pixels) // batch_size)]:  # whole batches
-        x = normalize(fetch(pixels, index, device).float() / 255).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            encoder(x)
-    for layer, momentum in zip(layers, momenta):
-        layer.momentum = momentum
+    whole = order.split(batch_size)[:max(1, len(pixels) // batch_size)]  # the remainder would weigh as much as a batch
+    with autocast(device, precision):
+        update_bn((network_input(fetch(pixels, index, device)) for index in whole), encoder)
 
 
 def affordable(budgets: tuple[int | str, ...], train: Split) -> list[int | str]:

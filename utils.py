@@ -436,6 +436,11 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 # ------------------------------------------------------------------------------------------------- features and kNN
 
+def network_input(pixels: Tensor) -> Tensor:
+    """uint8 images [N,3,S,S] as a network takes them: normalised, in channels_last."""
+    return normalize(pixels.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def extract_features(encoder: nn.Module, pixels: Tensor, device: torch.device, precision: torch.dtype,
                      batch_size: int = 256) -> Tensor:
@@ -444,9 +449,8 @@ def extract_features(encoder: nn.Module, pixels: Tensor, device: torch.device, p
     encoder.eval()
     features = []
     for batch in pixels.split(batch_size):
-        x = normalize(batch.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
-            features.append(encoder(x).float())
+            features.append(encoder(network_input(batch.to(device))).float())
     for module, training in modes:
         module.training = training
     return torch.cat(features)
