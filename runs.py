@@ -228,8 +228,8 @@ class Run:
 
     What is trained it knows only as `parts`, by name, whose state a checkpoint holds; `facts` are what else one holds.
     Of several processes all call the same methods, and rank 0 writes.
-    columns: of metrics.csv, next to step, epoch, loss and images_per_second. shown: of those columns that a line shows,
-    how. plot: draws curves.png from the columns.
+    columns: of metrics.csv; step, epoch, loss and images_per_second are filled in here. shown: how a line shows some of
+    them. plot: draws curves.png from them.
     """
 
     def __init__(self, folder: Path, c: SimpleNamespace, steps_per_epoch: int, device: torch.device,
