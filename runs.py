@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Callable, Iterator, NoReturn
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn
 
 try:
     import fcntl
@@ -106,18 +106,22 @@ def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
     """Raise UserError, naming them, where constants other than the `free` ones differ from those in `path`."""
     before, now = json.loads(json.dumps([before, now]))  # tuples become lists, as in a JSON file
     changed = [f"{name} {value} -> {now.get(name)}" for name, value in before.items()  # an earlier version knew fewer
-               if value not in (now.get(name), "auto") and name not in free]
+               if value != now.get(name) and name not in free]
     if changed:
         raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
                         "--overwrite to start anew" + (" (the schedules span all EPOCHS: a longer run is another run)"
                                                        if before.get("EPOCHS") != now.get("EPOCHS") else ""))
 
 
-def last_state(folder: Path, constants: dict, free: set[str]) -> dict | None:
-    """The latest checkpoint, or None. Raises UserError where a run of other constants is there."""
+def last_state(folder: Path, constants: dict, free: set[str], resolved: Iterable[str] = ()) -> dict | None:
+    """The latest checkpoint, or None. Raises UserError where a run of other constants is there.
+
+    resolved: constants for which an earlier version recorded "auto", and this one what it stands for.
+    """
     state, config = read_checkpoint(folder), folder / "config.json"
     if state:
-        same_constants(state["constants"], constants, folder / "checkpoint.pt", free)
+        unresolved = {name for name in resolved if state["constants"].get(name) == "auto"}
+        same_constants(state["constants"], constants, folder / "checkpoint.pt", free | unresolved)
     elif config.exists():
         same_constants(read_json(config, "constants")["constants"], constants, config, free)
     return state

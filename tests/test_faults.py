@@ -213,19 +213,29 @@ def test_a_checkpoint_says_which_run_it_belongs_to(stopped, capsys):
     assert train_byol.main(stopped) == 0 and same(weights("whole"), weights("parts"))
 
 
-def test_a_checkpoint_of_an_earlier_version_is_told_apart(stopped, capsys):
+@pytest.mark.parametrize("batchnorm", [None, "auto"])
+def test_a_checkpoint_of_an_earlier_version_is_told_apart(stopped, capsys, batchnorm):
     """Its views were drawn from other numbers, and it knew fewer constants; a finished run needs neither."""
     for path in Path("runs").glob("*/checkpoint*.pt"):
         state = torch.load(path, weights_only=True)
         for key in ("draws", "precision", "threads", "right_before"):
             del state[key]
-        del state["constants"]["BATCHNORM"], state["constants"]["JITTER"]
+        del state["constants"]["JITTER"]
+        state["constants"].pop("BATCHNORM") if batchnorm is None else state["constants"].update(BATCHNORM=batchnorm)
         torch.save(state, path)
     refused(capsys, train_byol, stopped, 1, "checkpoint.pt is of an earlier version of this code", "--overwrite")
     whole = [*stopped[:-1], "whole"]
     assert train_byol.main(whole) == 0 and "is finished" in capsys.readouterr().out
     refused(capsys, train_byol, [*whole, "--seed", "9"], 1, "checkpoint.pt has other constants: SEED 0 -> 9; set")
     assert train_byol.main([*stopped, "--overwrite"]) == 0 and same(weights("whole"), weights("parts"))
+
+
+def test_a_precision_that_was_auto_cannot_be_another_on_continuing(tmp_path, small, capsys):
+    """The run goes on in its own, so that the flag would be ignored in silence."""
+    write_folder(tmp_path / "images", unlabeled=20)
+    argv = ["--dataset", "images", *TINY, "--run", "tiny", "--precision"]
+    assert train_byol.main([*argv, "auto"]) == 0
+    refused(capsys, train_byol, [*argv, "bf16"], 1, "PRECISION auto -> bf16")
 
 
 def test_a_run_continues_with_its_number_of_threads(stopped, monkeypatch, capsys):
