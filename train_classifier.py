@@ -12,11 +12,12 @@ weights with nothing new but the BatchNorm statistics of these images. Dataset, 
 of the run. Reported is the accuracy on the test images after the last epoch, never the best one.
 """
 import base64
+import copy
 import math
 import sys
 from functools import partial
 from hashlib import sha256
-from itertools import product, starmap
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -88,6 +89,7 @@ class Task(NamedTuple):
     encoders: list[Path]  # one of each pretraining run; a seed takes the one whose number is seed modulo runs
     folds: list[Tensor] = []
     signals: list[int] = []
+    features: dict | None = None  # of training and test images, by each encoder that was asked
 
 
 def run(c: SimpleNamespace) -> None:
@@ -127,18 +129,20 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
 
     save = partial(write_json, folder / "results.json", results)
     with stop_signals() as signals:
-        task = Task(c, train, test, device, precision, encoders, folds, signals)
-        for cell in starmap(Cell, product(c.SEEDS, arms, budgets, [c.EPOCHS])):
-            if any(cell == cell_of(record) for record in results["records"]):
-                continue
-            record, network = train_cell(task, cell, choose_rate(task, cell, results["trials"], save))
-            longest = max([c.EPOCHS, *(record["epochs"] for record in results["records"])])
-            if cell == (c.SEEDS[0], arms[-1], budgets[-1], longest):
-                save_torch(folder / "classifier.pt", plain_state_dict(network))
-            results["records"].append(record)
-            save()
-            print(f"seed {cell.seed} {cell.labels:>4} labels {cell.arm:<14}"
-                  + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
+        task = Task(c, train, test, device, precision, encoders, folds, signals, features={})
+        known = {cell_of(record) for record in results["records"]}
+        longest = max([c.EPOCHS, *(cell.epochs for cell in known)])
+        for seed, arm in product(c.SEEDS, arms):
+            missing = [cell for labels in budgets if (cell := Cell(seed, arm, labels, c.EPOCHS)) not in known]
+            start = build_arm(task, arm, seed) if missing else None
+            for cell in missing:
+                record, network = train_cell(task, cell, start, choose_rate(task, cell, results["trials"], save))
+                if cell == (c.SEEDS[0], arms[-1], budgets[-1], longest):
+                    save_torch(folder / "classifier.pt", plain_state_dict(network))
+                results["records"].append(record)
+                save()
+                print(f"seed {seed} {cell.labels:>4} labels {arm:<14}"
+                      + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
 
     report(task, folder, results, arms, budgets)
     if not encoders:
@@ -158,8 +162,14 @@ def cell_of(record: dict) -> Cell:
     return Cell(*(record[name] for name in Cell._fields))
 
 
-def build_arm(task: Task, arm: str, seed: int) -> tuple[nn.Module, int, Path | None]:
-    """The encoder that an arm starts from, the number of its features, and the file of BYOL's."""
+class Start(NamedTuple):
+    """What an arm starts from."""
+    encoder: nn.Module
+    feature_dim: int
+    path: Path | None  # of BYOL's encoder
+
+
+def build_arm(task: Task, arm: str, seed: int) -> Start:
     c, path = task.c, None
     encoder, feature_dim = build_encoder(c.ENCODER, c.INIT if arm in (BASELINE, BATCHNORM) else "random", seed)
     if arm == WITH_BYOL:
@@ -168,7 +178,16 @@ def build_arm(task: Task, arm: str, seed: int) -> tuple[nn.Module, int, Path | N
     encoder = encoder.to(task.device, memory_format=torch.channels_last)
     if arm == BATCHNORM:
         reestimate_batchnorm(encoder, task.train.pixels, task.device, task.precision)
-    return encoder, feature_dim, path
+    return Start(encoder, feature_dim, path)
+
+
+def frozen_features(task: Task, arm: str, seed: int, start: Start) -> tuple[Tensor, Tensor]:
+    """Features of the training and of the test images; an encoder that no seed changes is asked once."""
+    random = arm == RANDOM or arm == BASELINE and task.c.INIT == "random"
+    key = arm, seed if random else start.path
+    if key not in task.features:
+        task.features[key] = tuple(features_of(task, start.encoder, split.pixels) for split in (task.train, task.test))
+    return task.features[key]
 
 
 def features_of(task: Task, network: nn.Module, pixels: Tensor) -> Tensor:
@@ -180,19 +199,18 @@ def subset_of(task: Task, cell: Cell) -> Tensor:
     return task.folds[cell.seed] if cell.labels == FOLD else draw_subset(task.train.labels, cell.labels, cell.seed)
 
 
-def train_cell(task: Task, cell: Cell, rate: float) -> tuple[dict, nn.Module]:
+def train_cell(task: Task, cell: Cell, start: Start, rate: float) -> tuple[dict, nn.Module]:
     """One cell's record, with the images that each protocol got right, and the network that was fine-tuned."""
     train, test, subset = task.train, task.test, subset_of(task, cell)
-    encoder, feature_dim, path = build_arm(task, cell.arm, cell.seed)
-    bank = features_of(task, encoder, fetch(train.pixels, subset, train.pixels.device))
-    queries, labels = features_of(task, encoder, test.pixels), train.labels[subset]
+    train_features, queries = frozen_features(task, cell.arm, cell.seed, start)
+    bank, labels = train_features[subset], train.labels[subset]
     probe, penalty = linear_probe(bank, labels, len(train.classes), cell.seed)
-    network = fine_tune(task, encoder, feature_dim, subset, cell.seed, rate,
+    network = fine_tune(task, copy.deepcopy(start.encoder), start.feature_dim, subset, cell.seed, rate,
                         f"seed {cell.seed}, {cell.labels} labels, {cell.arm}")
     predicted = {"fine-tuning": features_of(task, network, test.pixels).argmax(dim=1),
                  "linear probe": probe(queries).argmax(dim=1),
                  "kNN": knn_predict(bank, labels, queries, len(train.classes))}
-    record = cell._asdict() | {"run": path and path.parent.name, "rate": rate, "probe penalty": penalty}
+    record = cell._asdict() | {"run": start.path and start.path.parent.name, "rate": rate, "probe penalty": penalty}
     record |= {name: accuracy(guess, test.labels) for name, guess in predicted.items()}
     return record | {"right": {name: pack(guess == test.labels) for name, guess in predicted.items()}}, network
 
@@ -219,11 +237,10 @@ def held_out_accuracy(task: Task, cell: Cell, rate: float) -> float:
     train, seed, subset = task.train, cell.seed, subset_of(task, cell)
     mixed = subset[torch.randperm(len(subset), generator=seeded_generator(seed, "held out"))]
     mixed = mixed[train.labels[mixed].argsort(stable=True)]  # so that every fifth holds a fifth of each class
-    right = []
+    start, right = build_arm(task, cell.arm, seed), []
     for fold in range(min(5, math.ceil(5 * HELD_OUT / len(subset)))):
         chosen = torch.arange(len(mixed)) % 5 == fold
-        encoder, feature_dim, _ = build_arm(task, cell.arm, seed)
-        network = fine_tune(task, encoder, feature_dim, mixed[~chosen], seed, rate,
+        network = fine_tune(task, copy.deepcopy(start.encoder), start.feature_dim, mixed[~chosen], seed, rate,
                             f"{cell.labels} labels, {cell.arm}, rate {rate:g}")
         scores = features_of(task, network, fetch(train.pixels, mixed[chosen], train.pixels.device))
         right.append(scores.argmax(dim=1) == train.labels[mixed[chosen]])
@@ -443,8 +460,8 @@ def report(task: Task, folder: Path, results: dict, arms: list[str], budgets: li
         steps = [epochs * (len(task.train.labels) // c.BATCH_SIZE) for epochs in lengths]
         plot_lines(folder / "steps.png", panels, steps, "fine-tuning steps", caption(c, lengths))
     if task.encoders:
-        shown = [(arm, features_of(task, build_arm(task, arm, c.SEEDS[0])[0], test.pixels))
-                 for arm in (BASELINE, WITH_BYOL)]
+        seed = c.SEEDS[0]
+        shown = [(arm, frozen_features(task, arm, seed, build_arm(task, arm, seed))[1]) for arm in (BASELINE, WITH_BYOL)]
         plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
 
 
