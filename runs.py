@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import (UNREADABLE, CannotWrite, Stopped, UsageError, UserError, constants_of, flag, one_line, progress, say)
+from utils import (UNREADABLE, CannotWrite, Stopped, UsageError, UserError, constants_of, flag, one_line, progress,
+                   rank_and_world, say)
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -241,7 +242,7 @@ class Run:
                  plot: Callable[[Path, dict, SimpleNamespace], None]):
         self.folder, self.c, self.steps_per_epoch, self.device = folder, c, steps_per_epoch, device
         self.parts, self.facts, self.columns, self.shown, self.plot = parts, facts, columns, shown, plot
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = rank_and_world()
         self.step, self.total_steps = 0, c.EPOCHS * steps_per_epoch
         self.losses = []  # since the last row
         self.pending = []  # still on the device: reading one makes the host wait

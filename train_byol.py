@@ -26,8 +26,8 @@ from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
                    check_ranges, choose_threads, constants_of, environment, extract_features, flag, gain_of,
-                   knn_predict, name_of, plain_state_dict, rank_0_first, run_script, say, seeded_generator, seeded_init,
-                   select_device, select_precision, set_rate, start_processes, verdict_of)
+                   knn_predict, name_of, percent, plain_state_dict, rank_0_first, run_script, say, seeded_generator,
+                   seeded_init, select_device, select_precision, set_rate, start_processes, verdict_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
@@ -258,10 +258,6 @@ def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, p
     labels = send(train.labels, device)
     predicted = knn_predict(features[bank], labels[bank], features[held_out], len(train.classes))
     return (predicted == labels[held_out]).cpu()
-
-
-def percent(right: Tensor) -> float:
-    return 100 * right.double().mean().item()
 
 
 def verdict(before: Tensor, after: Tensor, init: str) -> str:

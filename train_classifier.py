@@ -33,9 +33,9 @@ from byol import CROP_DRAWS, crop_of, crop_resize, learning_rate, normalize, sen
 from data import Split, fetch, load_folds, load_split, place
 from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
-from utils import (DEMO, Stopped, UsageError, UserError, accuracy, autocast, build_encoder, build_optimizer,
+from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer,
                    check_choice, check_ranges, choose_threads, constants_of, environment, extract_features, flag,
-                   gain_of, knn_predict, load_encoder, network_input, plain_state_dict, progress, read_weights,
+                   gain_of, knn_predict, load_encoder, network_input, percent, plain_state_dict, progress, read_weights,
                    run_script, seeded_generator, seeded_init, select_device, select_precision, set_rate, verdict_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
@@ -211,8 +211,9 @@ def train_cell(task: Task, cell: Cell, start: Start, rate: float) -> tuple[dict,
                  "linear probe": probe(queries).argmax(dim=1),
                  "kNN": knn_predict(bank, labels, queries, len(train.classes))}
     record = cell._asdict() | {"run": start.path and start.path.parent.name, "rate": rate, "probe penalty": penalty}
-    record |= {name: accuracy(guess, test.labels) for name, guess in predicted.items()}
-    return record | {"right": {name: pack(guess == test.labels) for name, guess in predicted.items()}}, network
+    right = {name: guess == test.labels for name, guess in predicted.items()}
+    record |= {name: percent(answers) for name, answers in right.items()}
+    return record | {"right": {name: pack(answers) for name, answers in right.items()}}, network
 
 
 def choose_rate(task: Task, cell: Cell, trials: list[dict], save: Callable) -> float:
@@ -244,7 +245,7 @@ def held_out_accuracy(task: Task, cell: Cell, rate: float) -> float:
                             f"{cell.labels} labels, {cell.arm}, rate {rate:g}")
         scores = features_of(task, network, fetch(train.pixels, mixed[chosen], train.pixels.device))
         right.append(scores.argmax(dim=1) == train.labels[mixed[chosen]])
-    return 100 * torch.cat(right).double().mean().item()
+    return percent(torch.cat(right))
 
 
 def reestimate_batchnorm(encoder: nn.Module, pixels: Tensor, device: torch.device, precision: torch.dtype,
@@ -337,6 +338,11 @@ def unpack(text: str, n: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n)).bool()
 
 
+def answers_of(records: list[dict], protocol: str, n: int) -> Tensor:
+    """Which of the `n` test images a protocol got right, a row for each record: [R,N], 0 or 1."""
+    return torch.stack([unpack(record["right"][protocol], n) for record in records]).double()
+
+
 def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, seed: int, rate: float,
               title: str = "") -> nn.Module:
     """Train encoder and a new head on the images `subset`; returns the encoder with the head as its `fc`.
@@ -389,7 +395,7 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> t
 
     def held_out_accuracy(penalty):
         probe = fit_logistic(features[fit], labels[fit], classes, penalty)
-        return accuracy(probe(features[held_out]).argmax(dim=1), labels[held_out])
+        return percent(probe(features[held_out]).argmax(dim=1) == labels[held_out])
 
     penalty = max(reversed(PROBE_PENALTIES), key=held_out_accuracy)  # of equals the strongest
     return fit_logistic(features, labels, classes, penalty), penalty
@@ -425,9 +431,7 @@ def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, ar
     if WITH_BYOL in arms:
         names = [record["run"] for record in of[WITH_BYOL]]
         for protocol, by_arm in summary.items():
-            before, after = (torch.stack([unpack(record["right"][protocol], n) for record in of[arm]]).double()
-                             for arm in (BASELINE, WITH_BYOL))
-            gains = after - before
+            gains = answers_of(of[WITH_BYOL], protocol, n) - answers_of(of[BASELINE], protocol, n)
             if len(set(names)) > 1:  # seeds that share a run are no independent repetitions
                 gains = torch.stack([gains[[name == run for name in names]].mean(dim=0) for run in sorted(set(names))])
             by_arm |= {"gain": [b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])], "interval": gain_of(gains)}
@@ -493,8 +497,8 @@ def print_classes(cells: dict[Cell, dict], test: Split, arms: list[str], labels:
     """Accuracy of each class after fine-tuning, mean over the seeds, where the classes fit a screen."""
     if len(test.classes) > 20:
         return
-    right = [torch.stack([unpack(cells[Cell(seed, arm, labels, c.EPOCHS)]["right"]["fine-tuning"], len(test.labels))
-                          for seed in c.SEEDS]).double().mean(dim=0) for arm in arms]
+    of = [[cells[Cell(seed, arm, labels, c.EPOCHS)] for seed in c.SEEDS] for arm in arms]
+    right = [answers_of(records, "fine-tuning", len(test.labels)).mean(dim=0) for records in of]
     print(f"\n{label_text(labels)}, fine-tuned, by class\n{'':20}" + "".join(arm.rjust(15) for arm in arms))
     for k, name in enumerate(test.classes):
         print(f"{name[:19]:<20}" + "".join(f"{100 * of_arm[test.labels == k].mean():15.1f}" for of_arm in right))

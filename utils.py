@@ -309,6 +309,10 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         on_gpu = device.type == "cuda"  # left to itself, torch takes NCCL for any run where it sees a GPU
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                                 timeout=timedelta(hours=2))  # rank 0 may download and decode while the others wait
+    return rank_and_world()
+
+
+def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -321,10 +325,11 @@ def leave_processes() -> None:
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 alone downloads and fills caches; the others come after it and find everything there."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    rank, world = rank_and_world()
+    if rank > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and dist.get_rank() == 0:
+    if rank == 0 and world > 1:
         dist.barrier()
 
 
@@ -333,7 +338,7 @@ def environment(device: torch.device, precision: torch.dtype) -> dict:
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "device": str(device), "hardware": hardware_name(device), "threads": torch.get_num_threads(),
             "precision": name_of(precision),
-            "world_size": dist.get_world_size() if dist.is_initialized() else 1}
+            "world_size": rank_and_world()[1]}
 
 
 def hardware_name(device: torch.device) -> str:
@@ -353,13 +358,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 def say(line: str) -> None:
     """Print a line above the progress bar, from rank 0 alone."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         tqdm.write(line)
 
 
 def progress(iterable=None, **options) -> tqdm:
     """A progress bar on a terminal, by rank 0; nothing where the output is a file or a pipe."""
-    silent = not sys.stderr.isatty() or dist.is_initialized() and dist.get_rank() > 0
+    silent = not sys.stderr.isatty() or rank_and_world()[0] > 0
     return tqdm(iterable, disable=silent, dynamic_ncols=True, leave=False, **options)
 
 
@@ -503,6 +508,6 @@ def verdict_of(gain: float, half: float) -> str:
     return "cannot tell" if not abs(gain) > half else "gained" if gain > 0 else "LOST"
 
 
-def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Percent of the predictions that are right."""
-    return 100 * (predicted == labels).sum().item() / len(labels)
+def percent(right: Tensor) -> float:
+    """How many of the answers are right: bool [N]."""
+    return 100 * right.sum().item() / len(right)
