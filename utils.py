@@ -92,6 +92,7 @@ def run_script(script: dict, argv: list[str] | None) -> int:
         print(f"stopped at once: what was saved before is whole, and the same command continues from there{again}")
         return 130
     except BrokenPipeError:  # whoever read our lines has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it exits
         return 141  # 128 + SIGPIPE
     except CannotWrite as error:
         print(f"error: {error}{again}", file=sys.stderr)

@@ -449,6 +449,8 @@ with only_writer(run_folder("parts")):
 
 def test_a_reader_who_leaves_ends_the_run_without_a_traceback(tmp_path):
     write_folder(tmp_path / "images", unlabeled=20)
+    # As in a user's shell: where output is buffered, Python flushes what is left of it when it exits, and complains.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen([sys.executable, "-c", f"""
 import sys
 sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
@@ -456,7 +458,7 @@ import train_byol
 from conftest import small_encoder
 train_byol.build_encoder = small_encoder
 sys.exit(train_byol.main({["--dataset", "images", *TINY, "--epochs", "400"]}))"""],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout.readline().startswith("BYOL: 20 images")
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
