@@ -165,7 +165,7 @@ def render(images: Tensor, view: View, size: int) -> Tensor:
     x = crop_resize(images, view.box, view.flip, size)
     x = color_jitter(x, view.order, view.factor)
     x = blend(x, torch.where(view.gray, 0.0, 1.0), view.gray.float())
-    x = gaussian_blur(x, view.sigma)
+    x = where_needed(gaussian_blur, x, view.sigma)
     x = solarize(x, view.solarize)
     return normalize(x)
 
@@ -264,7 +264,7 @@ def color_jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     for turn in range(4):
         operation = order[:, turn]
         x = blend(x, *weights.gather(2, operation.expand(3, -1)[..., None])[..., 0]).clamp_(0, 1)
-        x = shift_hue_of(x, torch.where(operation == HUE, shift, zero))
+        x = where_needed(shift_hue, x, torch.where(operation == HUE, shift, zero))
     return x
 
 
@@ -284,13 +284,12 @@ def can_ask(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def shift_hue_of(x: Tensor, shift: Tensor) -> Tensor:
-    """`shift_hue`; where values can be asked for, in place and only where the shift is not 0."""
-    if not can_ask(x):
-        return shift_hue(x, shift)
-    chosen = shift.nonzero()[:, 0]
-    x[chosen] = shift_hue(x[chosen], shift[chosen])
-    return x
+def where_needed(operation: Callable, x: Tensor, amount: Tensor) -> Tensor:
+    """operation(x, amount); where values can be asked for, in place and of the images alone whose amount is not 0."""
+    if can_ask(x) and len(chosen := amount.nonzero()[:, 0]) < len(x):
+        x[chosen] = operation(x[chosen], amount[chosen])
+        return x
+    return operation(x, amount)
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -310,11 +309,6 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
     The kernel is about a tenth of the side, odd: 23 taps at 224 px (official code), 9 at 96.
     """
-    if can_ask(x):  # in place, only the chosen images
-        chosen = sigma.nonzero()[:, 0]
-        if len(chosen) < len(x):
-            x[chosen] = gaussian_blur(x[chosen], sigma[chosen])
-            return x
     size = x.shape[-1]
     radius = size // 20
     taps = torch.arange(-radius, radius + 1, device=x.device)

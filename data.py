@@ -126,43 +126,39 @@ def load_folder(folder: Path, split: str, root: Path, size: int) -> Split | None
     top = folder / split
     if not top.is_dir():
         return None
-    if split == "unlabeled":
-        classes, files, labels = [], image_files(top), None
-        if not files:
-            raise UserError(f"{top} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    else:
-        classes = class_names(folder / "train")
-        unknown = sorted(set(class_names(top)) - set(classes))
-        if unknown:
-            raise UserError(f"{top / unknown[0]}: class {unknown[0]!r} is not in {folder / 'train'}")
-        by_class = [image_files(top / name) if (top / name).is_dir() else [] for name in classes]
-        for name, found in zip(classes, by_class):
-            if not found:
-                raise UserError(f"{top / name} holds no images of class {name!r}")
-        files = [file for found in by_class for file in found]
-        labels = [label for label, found in enumerate(by_class) for _ in found]
+    classes = [] if split == "unlabeled" else class_names(folder / "train")
+    for name in class_names(top) if classes else []:
+        if name not in classes:
+            raise UserError(f"{top / name}: class {name!r} is not in {folder / 'train'}")
+    files, labels = [], []
+    for label, part in enumerate([top / name for name in classes] or [top]):
+        found = image_files(part)
+        if not found:
+            raise UserError(f"{part} holds no images "
+                            + (f"of class {part.name!r}" if classes else f"({', '.join(sorted(EXTENSIONS))})"))
+        files += found
+        labels += [label] * len(found)
     pixels, kept = cached_pixels(top, files, root, size)
-    return Split(pixels, None if labels is None else torch.tensor(labels)[kept], classes)
+    return Split(pixels, torch.tensor(labels)[kept] if classes else None, classes)
 
 
 def class_names(top: Path) -> list[str]:
     """Names of the class folders below `top`, sorted."""
-    if not top.is_dir():
-        raise UserError(f"{top} is missing: labelled images belong in {top}/<class>/")
-    try:
-        names = sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{top} cannot be read: {error.strerror}") from error
+    _, names, _ = next(os.walk(top, onerror=refuse), (top, [], []))
+    names = sorted(name for name in names if not name.startswith("."))
     if not names:
         raise UserError(f"{top} holds no class folders: labelled images belong in {top}/<class>/")
     return names
 
 
-def image_files(top: Path) -> list[Path]:
-    """Image files below `top`, sorted, hidden ones left out. Raises UserError for a folder that cannot be read."""
-    def refuse(error):
+def refuse(error: OSError) -> None:
+    """A folder that is not there holds nothing; one that cannot be read ends the run."""
+    if not isinstance(error, FileNotFoundError):
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
+
+def image_files(top: Path) -> list[Path]:
+    """Image files below `top`, sorted, hidden ones left out. Raises UserError for a folder that cannot be read."""
     return sorted(Path(folder, name) for folder, _, names in os.walk(top, onerror=refuse) for name in names
                   if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."))
 

@@ -25,7 +25,7 @@ from data import Split, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
-                   check_ranges, choose_threads, constants_of, environment, extract_features, flag, gain_of,
+                   check_training, choose_threads, constants_of, environment, extract_features, flag, gain_of,
                    knn_predict, name_of, percent, plain_state_dict, rank_0_first, run_script, say, seeded_generator,
                    seeded_init, select_device, select_precision, set_rate, start_processes, verdict_of)
 
@@ -282,18 +282,14 @@ def resolve_auto(c: SimpleNamespace) -> None:
 
 
 def check_constants(c: SimpleNamespace) -> None:
-    check_ranges(c, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), JITTER=(0, 2), BLUR_P=(0, 1),
-                 HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf), EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf),
-                 LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf),
-                 BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf), CHECKPOINT_MINUTES=(0, math.inf))
+    check_training(c, JITTER=(0, 2), BLUR_P=(0, 1), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
+                   BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf), CHECKPOINT_MINUTES=(0, math.inf))
     if len(c.BLUR_P) != 2:
         raise UsageError(f"BLUR_P is {','.join(map(str, c.BLUR_P))}: it must be two probabilities ({flag('BLUR_P')})")
-    check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
     check_choice("BATCHNORM", c.BATCHNORM, ["batch", "frozen"])
     if c.BATCHNORM == "frozen" and c.INIT == "random":
         raise UsageError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto or batch "
                          "(--batchnorm)")
-    check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
 
 
 def main(argv: list[str] | None = None) -> int:

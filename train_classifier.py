@@ -34,7 +34,7 @@ from data import Split, fetch, load_folds, load_split, place
 from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer,
-                   check_choice, check_ranges, choose_threads, constants_of, environment, extract_features, flag,
+                   check_training, choose_threads, constants_of, environment, extract_features, flag,
                    gain_of, knn_predict, load_encoder, network_input, percent, plain_state_dict, progress, read_weights,
                    run_script, seeded_generator, seeded_init, select_device, select_precision, set_rate, verdict_of)
 
@@ -523,11 +523,7 @@ def caption(c: SimpleNamespace, lengths: Sequence[int] = ()) -> str:
 def check_constants(c: SimpleNamespace) -> None:
     if not isinstance(c.LEARNING_RATE, tuple):
         c.LEARNING_RATE = (c.LEARNING_RATE,)
-    check_ranges(c, IMAGE_SIZE=(16, math.inf), EPOCHS=(1, math.inf), BATCH_SIZE=(2, math.inf),
-                 LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf), WARMUP_EPOCHS=(0, math.inf),
-                 CROP_AREA=(0.01, 1))
-    check_choice("OPTIMIZER", c.OPTIMIZER, ["sgd", "adamw"])
-    check_choice("PRECISION", c.PRECISION, ["auto", "bf16", "fp32"])
+    check_training(c)
     if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} repeats a seed or is empty")
     budgets = c.LABELS_PER_CLASS

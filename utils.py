@@ -178,6 +178,15 @@ def check_ranges(constants: SimpleNamespace, **bounds: tuple[float, float]) -> N
             raise UsageError(f"{name} is {','.join(map(str, values))}: it must be {limit} ({flag(name)})")
 
 
+def check_training(constants: SimpleNamespace, **bounds: tuple[float, float]) -> None:
+    """`check_ranges` of `bounds` and of the constants that both scripts have, and a look at their choices."""
+    check_ranges(constants, IMAGE_SIZE=(16, math.inf), CROP_AREA=(0.01, 1), EPOCHS=(1, math.inf),
+                 BATCH_SIZE=(2, math.inf), LEARNING_RATE=(0, math.inf), WEIGHT_DECAY=(0, math.inf),
+                 WARMUP_EPOCHS=(0, math.inf), **bounds)
+    check_choice("OPTIMIZER", constants.OPTIMIZER, ["sgd", "adamw"])
+    check_choice("PRECISION", constants.PRECISION, ["auto", "bf16", "fp32"])
+
+
 def check_choice(name: str, value: str, choices: list[str]) -> None:
     """Raise UsageError, with the nearest choice, where the constant `name` is none of the choices."""
     if value not in choices:
@@ -338,8 +347,7 @@ def environment(device: torch.device, precision: torch.dtype) -> dict:
     """Versions and hardware, to be kept beside a result."""
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "device": str(device), "hardware": hardware_name(device), "threads": torch.get_num_threads(),
-            "precision": name_of(precision),
-            "world_size": rank_and_world()[1]}
+            "precision": name_of(precision), "world_size": rank_and_world()[1]}
 
 
 def hardware_name(device: torch.device) -> str:
