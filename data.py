@@ -11,7 +11,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ def load_folder(folder: Path, split: str, root: Path, size: int) -> Split | None
             raise UserError(f"{top / name}: class {name!r} is not in {folder / 'train'}")
     files, labels = [], []
     for label, part in enumerate([top / name for name in classes] or [top]):
-        found = image_files(part)
+        found = image_files(part) if part.is_dir() else []
         if not found:
             raise UserError(f"{part} holds no images "
                             + (f"of class {part.name!r}" if classes else f"({', '.join(sorted(EXTENSIONS))})"))
@@ -144,17 +144,18 @@ def load_folder(folder: Path, split: str, root: Path, size: int) -> Split | None
 
 def class_names(top: Path) -> list[str]:
     """Names of the class folders below `top`, sorted."""
-    _, names, _ = next(os.walk(top, onerror=refuse), (top, [], []))
+    if not top.is_dir():
+        raise UserError(f"{top} is missing: labelled images belong in {top}/<class>/")
+    _, names, _ = next(os.walk(top, onerror=refuse))
     names = sorted(name for name in names if not name.startswith("."))
     if not names:
         raise UserError(f"{top} holds no class folders: labelled images belong in {top}/<class>/")
     return names
 
 
-def refuse(error: OSError) -> None:
-    """A folder that is not there holds nothing; one that cannot be read ends the run."""
-    if not isinstance(error, FileNotFoundError):
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+def refuse(error: OSError) -> NoReturn:
+    """End the run where os.walk meets a folder that cannot be read: left to itself, it takes it for an empty one."""
+    raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def image_files(top: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Datasets: STL-10's own format, folders of images of every kind, the cache, the patterns."""
 import os
+import shutil
 import threading
 import warnings
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import data
-from data import PATTERNS, batches, decode_image, fetch, load_folds, load_split, map_pixels, place
+from data import PATTERNS, batches, decode_image, fetch, image_files, load_folds, load_split, map_pixels, place
 from utils import UserError, seeded_generator
 
 
@@ -217,12 +218,19 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda root: (root / "test" / "c").mkdir(), "class 'c' is not in"),
-    (lambda root: (root / "train" / "c").mkdir(), "no images of class 'c'")])
+    (lambda root: (root / "train" / "c").mkdir(), "no images of class 'c'"),
+    (lambda root: shutil.rmtree(root / "test" / "b"), "test/b holds no images of class 'b'"),
+    (lambda root: shutil.rmtree(root / "train"), "train is missing: labelled images belong in .*train/<class>/")])
 def test_classes_that_do_not_match_are_named(tmp_path, spoil, message):
     root = write_folder(tmp_path / "images")
     spoil(root)
     with pytest.raises(UserError, match=message):
         load(root, "train"), load(root, "test")
+
+
+def test_a_folder_that_is_not_there_is_not_taken_for_an_empty_one(tmp_path):
+    with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
+        image_files(tmp_path / "nowhere")
 
 
 def test_dataset_that_is_nothing(tmp_path):
