@@ -314,16 +314,10 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     taps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)  # sigma 0: 1 at the centre, 0 beside it
     kernel = kernel / kernel.sum(dim=1, keepdim=True)                       # [N,taps]
-    matrix = (kernel @ reflected_bands(size, radius, x.device)).view(-1, 1, size, size)
+    # Which pixel each tap of each output reads: [taps,size,size], the rows of a unit matrix, reflected at the border.
+    reads = F.pad(torch.eye(size, device=x.device)[None], (0, 0, radius, radius), "reflect")[0].unfold(0, size, 1).mT
+    matrix = (kernel @ reads.flatten(1)).view(-1, 1, size, size)
     return matrix @ x @ matrix.transpose(2, 3)
-
-
-def reflected_bands(size: int, radius: int, device: torch.device) -> Tensor:
-    """[taps, size*size]: entry (t, i*size+j) is 1 where tap t of output i reads pixel j, reflected at the border."""
-    pixel = torch.arange(size, device=device)
-    source = pixel + torch.arange(-radius, radius + 1, device=device)[:, None]
-    source = (size - 1) - (source.abs() - (size - 1)).abs()
-    return (source[..., None] == pixel).float().flatten(1)
 
 
 def solarize(x: Tensor, chosen: Tensor) -> Tensor:

@@ -315,6 +315,20 @@ def fetch(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
     return send(pixels.transpose(2, 3).index_select(0, index).transpose(2, 3), device)
 
 
+def batch_indices(seed: int, purpose: str, n: int, batch_size: int, first_step: int, total_steps: int, rank: int = 0,
+                  world: int = 1) -> Iterator[Tensor]:
+    """For each step from `first_step` on, the indices of this process's share of its batch, of `n` images.
+
+    Each pass takes the images in an order of its own; the remainder that fills no batch is dropped.
+    """
+    steps_per_pass, order = n // batch_size, None
+    for step in range(first_step, total_steps):
+        number, batch = divmod(step, steps_per_pass)
+        if order is None or batch == 0:
+            order = torch.randperm(n, generator=seeded_generator(seed, purpose, number))
+        yield order[batch * batch_size:(batch + 1) * batch_size][rank::world].contiguous()
+
+
 def batches(pixels: Tensor, indices: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """The images of each index, on `device`. Those that come from the host to a GPU are gathered ahead, by a thread of
     their own, while the step before them runs."""

@@ -37,19 +37,24 @@ def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None
 
 
 def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace) -> None:
-    """Loss, spread of the embeddings and kNN accuracy against epochs, from the columns of metrics.csv."""
+    """Loss, spread of the embeddings and held-out accuracy against epochs, from the columns of metrics.csv."""
     column = {name: np.array(numbers) for name, numbers in columns.items()}
     epoch = column["epoch"]
-    panels = [("loss", "loss (0 to 8)"), ("spread", "spread of the embeddings"), ("knn", "kNN accuracy (%)")]
-    panels = [panel for panel in panels if not np.isnan(column[panel[0]]).all()]
+    panels = [("loss (0 to 8)", {"loss": ""}), ("spread of the embeddings", {"spread": ""}),
+              ("held-out accuracy (%)", {"probe": "linear probe", "knn": "kNN"})]
+    panels = [panel for panel in panels if not all(np.isnan(column[name]).all() for name in panel[1])]
     figure = Figure(figsize=(3.2 * len(panels), 2.9), layout="constrained")
-    for axis, (name, label) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
-        known = np.flatnonzero(~np.isnan(column[name]))
-        known = known[::1 + len(known) // 2000]  # more points than the figure has pixels take seconds to draw
-        axis.plot(epoch[known], column[name][known], color=BLUE, marker="o" if len(known) < 30 else None, ms=3)
-        axis.set(xlabel="epoch", ylabel=label)
+    for axis, (ylabel, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+        for (name, label), color in zip(lines.items(), (BLUE, ORANGE)):
+            known = np.flatnonzero(~np.isnan(column[name]))
+            known = known[::1 + len(known) // 2000]  # more points than the figure has pixels take seconds to draw
+            axis.plot(epoch[known], column[name][known], color=color, marker="o" if len(known) < 30 else None, ms=3,
+                      label=label)
+        axis.set(xlabel="epoch", ylabel=ylabel)
         axis.spines[["top", "right"]].set_visible(False)
-        if name == "spread":
+        if len(lines) > 1:
+            axis.legend(frameon=False, fontsize=8)
+        if "spread" in lines:
             healthy = c.PROJECTION_DIM ** -0.5
             axis.axhline(healthy, color=GRAY, ls="--", lw=1)
             axis.annotate("fills the sphere", (0.98, healthy), xycoords=("axes fraction", "data"), ha="right",

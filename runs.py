@@ -314,7 +314,7 @@ class Run:
             self.told = time.monotonic()
             left = (self.total_steps - self.step) * self.c.BATCH_SIZE / self.speed / 60
             say(f"epoch {row['epoch']:.2f} of {self.c.EPOCHS}  "
-                + "".join(text.format(row[name]) + "  " for name, text in self.shown.items() if row[name] != "")
+                + "".join(text.format(row[name]) + "  " for name, text in self.shown.items() if name in row)
                 + f"{self.speed:,.0f} images/s" + (f"  {left:.0f} min left" if left else ""))
         self.first, self.logged = self.step, time.monotonic()
 

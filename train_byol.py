@@ -14,20 +14,21 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from byol import VIEW_DRAWS, BYOL, learning_rate, render_views, send, target_decay, two_views
-from data import Split, batches, load_split, place
+from byol import BYOL, learning_rate, render_views, target_decay, two_views
+from data import Split, batch_indices, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
-                   check_training, choose_threads, constants_of, environment, extract_features, flag, gain_of,
-                   knn_predict, name_of, percent, plain_state_dict, rank_0_first, run_script, say, seeded_generator,
-                   seeded_init, select_device, select_precision, set_rate, start_processes, verdict_of)
+                   check_training, choose_threads, constants_of, environment, extract_features, fit_logistic, flag,
+                   gain_of, knn_predict, name_of, percent, plain_state_dict, rank_0_first, run_script, say,
+                   seeded_generator, seeded_init, select_device, select_precision, start_processes, steps_of, take_step,
+                   verdict_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
@@ -60,12 +61,14 @@ CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
 DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3,
                    WEIGHT_DECAY=1e-4, WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
-COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "images_per_second"]
+COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
     "LEARNING_RATE": (0.2, 0.1), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.99, 1.0)}
-SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%"}  # of these, in a line
+SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%"}  # in a line
+CHECKPOINT_VERSION = 2  # raised where a run that an earlier version began cannot be continued bit for bit
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
+PROBE_PENALTY = 0.1  # of the monitor's linear probe; the best of six for random and for good weights, 4,000 images
 MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
 
 
@@ -89,8 +92,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     if state and state["step"] == state["total_steps"]:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
-    if state and (state.get("draws") != VIEW_DRAWS or "JITTER" not in state["constants"]):
-        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which drew other views: "
+    if state and state.get("version") != CHECKPOINT_VERSION:
+        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which trained otherwise: "
                         "finish it with that version, or use --overwrite to start anew")
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
     precision = getattr(torch, state["precision"]) if state else select_precision(c.PRECISION, device)
@@ -106,20 +109,20 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     with rank_0_first():
         model = build_model(c).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY)
-    facts = {"images": len(images), "draws": VIEW_DRAWS, "precision": name_of(precision),
-             "threads": torch.get_num_threads(), "world_size": world, "right_before": None}
+    facts = {"images": len(images), "version": CHECKPOINT_VERSION, "precision": name_of(precision),
+             "threads": torch.get_num_threads(), "world_size": world,
+             "right_before": state["right_before"] if state else None}
     run = Run(folder, c, steps_per_epoch, device, {"model": model, "optimizer": optimizer}, facts, COLUMNS, SHOWN,
               plot_curves)
     if state:
         run.resume(state)
-        run.facts["right_before"] = state["right_before"]
         if state["world_size"] != world:
             say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
         state = None  # its memory is not needed any more
     say(f"BYOL: {len(images):,} images, {c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} "
         f"epochs of {steps_per_epoch} steps, on {device} in {name_of(precision)}{threads}"
         + (f", from step {run.step} of {run.total_steps}" if run.step else ""))
-    network, draw = compiled(distribute(model, device), model, device, run.total_steps - run.step)
+    network, draw = prepare(model, device, run.total_steps - run.step)
     watch = partial(monitor, train=train, seed=c.SEED, device=device, precision=precision) if train else None
     if rank == 0:
         if c.overwrite:  # only now, when everything that could be wrong has been looked at
@@ -132,28 +135,29 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     with run.recording():
         if run.step == 0 and watch and rank == 0:  # what BYOL has to rise above
             run.facts["right_before"] = watch(model.online_encoder)
-            knn = percent(run.facts["right_before"])
-            run.note(step=0, epoch=0, knn=knn)
-            say(f"kNN {knn:.1f}% before the first step")
+            scores = percents(run.facts["right_before"])
+            run.note(step=0, epoch=0, **scores)
+            say("  ".join(SHOWN[name].format(score) for name, score in scores.items()) + "  before the first step")
         right = train_epochs(c, run, images, model, network, optimizer, precision, draw, watch)
         run.finish("encoder.pt", plain_state_dict(model.online_encoder))
     before = run.facts["right_before"]
-    if before is not None and right is not None and len(before) == len(right):  # not where train/ changed on the way
-        say(verdict(before, right, c.INIT))
+    if before and right and len(before["knn"]) == len(right["knn"]):  # not where train/ changed on the way
+        for name, label in (("knn", "kNN"), ("probe", "linear probe")):
+            say(verdict(label, before[name], right[name], c.INIT))
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
         + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
 
 
 def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, network: nn.Module,
                  optimizer: torch.optim.Optimizer, precision: torch.dtype, draw: Callable,
-                 watch: Callable | None) -> Tensor | None:
+                 watch: Callable | None) -> dict[str, Tensor] | None:
     """BYOL, from the step where the run stands to its last, or until it is asked to stop; what `watch` saw last.
 
     network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: of an
-    encoder, which held-out images kNN gets right.
+    encoder, which held-out images kNN and a linear probe get right.
     """
-    right, warmup_steps = None, min(round(c.WARMUP_EPOCHS * run.steps_per_epoch), run.total_steps // 2)
-    indices = batch_indices(c.SEED, len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
+    right, (_, warmup_steps) = None, steps_of(c, run.steps_per_epoch)
+    indices = batch_indices(c.SEED, "order", len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
     for batch in batches(images, indices, run.device):
         generator = seeded_generator(c.SEED, "views", run.step, run.rank)
         views = two_views(batch, c.IMAGE_SIZE, generator, c.CROP_AREA, c.BLUR_P, c.JITTER, draw)
@@ -162,11 +166,10 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
         loss = train_step(network, model, optimizer, views, rate, tau, precision)
         run.count(loss)
         if run.row_is_due:
-            knn = ""
             if run.epoch_ends and watch:
                 right = watch(model.online_encoder)
-                knn = percent(right)
-            run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), knn=knn)
+            scores = percents(right) if run.epoch_ends and watch else {}
+            run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), **scores)
             if spread < 0.1 * c.PROJECTION_DIM ** -0.5:
                 run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} "
                          "is healthy; lower LEARNING_RATE" + " or raise BASE_DECAY" * (c.BASE_DECAY < 1))
@@ -182,30 +185,11 @@ def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer
     network: `model`, or its DistributedDataParallel.
     """
     view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views)
-    set_rate(optimizer, rate)
     with autocast(view1.device, precision):
         loss = network(view1, view2)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    take_step(optimizer, loss, rate)
     model.update_target(tau)
     return loss.detach()
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    """The permutation [n] in which an epoch takes the images."""
-    return torch.randperm(n, generator=seeded_generator(seed, "order", epoch))
-
-
-def batch_indices(seed: int, n: int, batch_size: int, first_step: int, total_steps: int, rank: int = 0,
-                  world: int = 1) -> Iterator[Tensor]:
-    """For each step from `first_step` on, the indices of this process's share of its batch, of `n` images."""
-    steps_per_epoch, order = n // batch_size, None  # the remainder is dropped
-    for step in range(first_step, total_steps):
-        epoch, batch = divmod(step, steps_per_epoch)
-        if order is None or batch == 0:
-            order = epoch_order(seed, epoch, n)
-        yield order[batch * batch_size:(batch + 1) * batch_size][rank::world].contiguous()
 
 
 def build_model(c: SimpleNamespace) -> BYOL:
@@ -214,24 +198,21 @@ def build_model(c: SimpleNamespace) -> BYOL:
         return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, frozen_batchnorm=c.BATCHNORM == "frozen")
 
 
-def distribute(model: BYOL, device: torch.device) -> nn.Module:
-    """DistributedDataParallel where there are several processes; on CUDA with BatchNorm over all of them."""
-    if not dist.is_initialized():
-        return model
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
-    # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU those of rank 0 are the ones that stay.
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                               broadcast_buffers=False)
-
-
-def compiled(network: nn.Module, model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
-    """The network and render_views, compiled where that pays in so many steps."""
-    if not can_compile(device) or steps < MIN_STEPS_TO_COMPILE:
-        return network, render_views
-    say("compiling for this GPU: the first step takes a minute or two")
-    # SyncBatchNorm cannot be traced
-    return torch.compile(network) if network is model else network, torch.compile(render_views)
+def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
+    """The network as it is called, and render_views: distributed over the processes, compiled where that pays."""
+    network, compiles = model, can_compile(device) and steps >= MIN_STEPS_TO_COMPILE
+    if compiles:
+        say("compiling for this GPU: the first step takes a minute or two")
+    if dist.is_initialized():
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
+        # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU rank 0's are the ones that stay.
+        network = nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None,
+                                                      broadcast_buffers=False)
+    elif compiles:  # SyncBatchNorm cannot be traced
+        network = torch.compile(model)
+    return network, torch.compile(render_views) if compiles else render_views
 
 
 def load_images(c: SimpleNamespace, device: torch.device) -> tuple[Tensor, Split | None]:
@@ -247,23 +228,28 @@ def load_images(c: SimpleNamespace, device: torch.device) -> tuple[Tensor, Split
     return images, train
 
 
-def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device, precision: torch.dtype) -> Tensor:
-    """Which of 20% of the labelled training images kNN gets right from the other 80%: bool [M], on the CPU.
+def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device,
+            precision: torch.dtype) -> dict[str, Tensor]:
+    """Which of 20% of the labelled training images kNN and a linear probe get right from the other 80%: bool [M] each.
 
-    No test image is seen.
+    No test image is seen. From random weights both fall for some epochs before they rise.
     """
     order = torch.randperm(len(train.labels), generator=seeded_generator(seed, "monitor"))
-    features = extract_features(encoder, train.pixels, device, precision)
-    bank, held_out = send(order, device).tensor_split([int(0.8 * len(order))])
-    labels = send(train.labels, device)
-    predicted = knn_predict(features[bank], labels[bank], features[held_out], len(train.classes))
-    return (predicted == labels[held_out]).cpu()
+    features = extract_features(encoder, train.pixels, device, precision).cpu()[order]
+    (bank, queries), (labels, truth) = (x.tensor_split([int(0.8 * len(x))]) for x in (features, train.labels[order]))
+    probe = fit_logistic(bank, labels, len(train.classes), PROBE_PENALTY)
+    return {"knn": knn_predict(bank, labels, queries, len(train.classes)) == truth,
+            "probe": probe(queries).argmax(dim=1) == truth}
 
 
-def verdict(before: Tensor, after: Tensor, init: str) -> str:
-    """What pretraining did to kNN, in words, from which of the same images were right before and after it: bool [M]."""
+def percents(right: dict[str, Tensor]) -> dict[str, float]:
+    return {name: percent(answers) for name, answers in right.items()}
+
+
+def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
+    """What pretraining did to the frozen features, in words, from which of the same images a protocol got right."""
     gain, half = gain_of(after.double() - before.double())
-    line = f"kNN went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {half:.1f} (95%): "
+    line = f"{protocol} went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {half:.1f} (95%): "
     return line + {"cannot tell": f"{len(after):,} held-out images cannot tell whether pretraining changed it",
                    "gained": "pretraining gained",
                    "LOST": "pretraining LOST; " + ("train for more EPOCHS: kNN falls at first" if init == "random" else

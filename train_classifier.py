@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from byol import CROP_DRAWS, crop_of, crop_resize, learning_rate, normalize, send
-from data import Split, fetch, load_folds, load_split, place
+from data import Split, batch_indices, fetch, load_folds, load_split, place
 from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
-from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer,
-                   check_training, choose_threads, constants_of, environment, extract_features, flag,
-                   gain_of, knn_predict, load_encoder, network_input, percent, plain_state_dict, progress, read_weights,
-                   run_script, seeded_generator, seeded_init, select_device, select_precision, set_rate, verdict_of)
+from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
+                   choose_threads, constants_of, environment, extract_features, fit_logistic, flag, gain_of,
+                   knn_predict, network_input, percent, plain_state_dict, progress, run_script, seeded_generator,
+                   seeded_init, select_device, select_precision, steps_of, take_step, verdict_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
@@ -64,7 +64,7 @@ DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZ
 FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change between calls
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
-HELD_OUT = 200  # labelled images, at least, that a rate is judged by, where so many are labelled
+HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm only", "with BYOL"
 FOLD = "fold"  # the budget of one of STL-10's folds
@@ -134,9 +134,9 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
         longest = max([c.EPOCHS, *(cell.epochs for cell in known)])
         for seed, arm in product(c.SEEDS, arms):
             missing = [cell for labels in budgets if (cell := Cell(seed, arm, labels, c.EPOCHS)) not in known]
-            start = build_arm(task, arm, seed) if missing else None
+            start = build_arm(task, arm, seed) if missing else ()
             for cell in missing:
-                record, network = train_cell(task, cell, start, choose_rate(task, cell, results["trials"], save))
+                record, network = train_cell(task, cell, *start, choose_rate(task, cell, results["trials"], save))
                 if cell == (c.SEEDS[0], arms[-1], budgets[-1], longest):
                     save_torch(folder / "classifier.pt", plain_state_dict(network))
                 results["records"].append(record)
@@ -162,31 +162,28 @@ def cell_of(record: dict) -> Cell:
     return Cell(*(record[name] for name in Cell._fields))
 
 
-class Start(NamedTuple):
-    """What an arm starts from."""
-    encoder: nn.Module
-    feature_dim: int
-    path: Path | None  # of BYOL's encoder
-
-
-def build_arm(task: Task, arm: str, seed: int) -> Start:
-    c, path = task.c, None
-    encoder, feature_dim = build_encoder(c.ENCODER, c.INIT if arm in (BASELINE, BATCHNORM) else "random", seed)
+def init_of(task: Task, arm: str, seed: int) -> str:
+    """What an arm starts from, as INIT says it."""
     if arm == WITH_BYOL:
-        path = task.encoders[seed % len(task.encoders)]
-        load_encoder(encoder, read_weights(path), path)
+        return str(task.encoders[seed % len(task.encoders)])
+    return "random" if arm == RANDOM else task.c.INIT
+
+
+def build_arm(task: Task, arm: str, seed: int) -> tuple[nn.Module, int]:
+    """The encoder that an arm starts from, and the number of its features."""
+    encoder, feature_dim = build_encoder(task.c.ENCODER, init_of(task, arm, seed), seed)
     encoder = encoder.to(task.device, memory_format=torch.channels_last)
     if arm == BATCHNORM:
         reestimate_batchnorm(encoder, task.train.pixels, task.device, task.precision)
-    return Start(encoder, feature_dim, path)
+    return encoder, feature_dim
 
 
-def frozen_features(task: Task, arm: str, seed: int, start: Start) -> tuple[Tensor, Tensor]:
+def frozen_features(task: Task, arm: str, seed: int, encoder: nn.Module) -> tuple[Tensor, Tensor]:
     """Features of the training and of the test images; an encoder that no seed changes is asked once."""
-    random = arm == RANDOM or arm == BASELINE and task.c.INIT == "random"
-    key = arm, seed if random else start.path
+    init = init_of(task, arm, seed)
+    key = arm, init, seed if init == "random" else None
     if key not in task.features:
-        task.features[key] = tuple(features_of(task, start.encoder, split.pixels) for split in (task.train, task.test))
+        task.features[key] = tuple(features_of(task, encoder, split.pixels) for split in (task.train, task.test))
     return task.features[key]
 
 
@@ -199,18 +196,19 @@ def subset_of(task: Task, cell: Cell) -> Tensor:
     return task.folds[cell.seed] if cell.labels == FOLD else draw_subset(task.train.labels, cell.labels, cell.seed)
 
 
-def train_cell(task: Task, cell: Cell, start: Start, rate: float) -> tuple[dict, nn.Module]:
+def train_cell(task: Task, cell: Cell, encoder: nn.Module, feature_dim: int, rate: float) -> tuple[dict, nn.Module]:
     """One cell's record, with the images that each protocol got right, and the network that was fine-tuned."""
     train, test, subset = task.train, task.test, subset_of(task, cell)
-    train_features, queries = frozen_features(task, cell.arm, cell.seed, start)
+    train_features, queries = frozen_features(task, cell.arm, cell.seed, encoder)
     bank, labels = train_features[subset], train.labels[subset]
     probe, penalty = linear_probe(bank, labels, len(train.classes), cell.seed)
-    network = fine_tune(task, copy.deepcopy(start.encoder), start.feature_dim, subset, cell.seed, rate,
+    network = fine_tune(task, copy.deepcopy(encoder), feature_dim, subset, cell.seed, rate,
                         f"seed {cell.seed}, {cell.labels} labels, {cell.arm}")
     predicted = {"fine-tuning": features_of(task, network, test.pixels).argmax(dim=1),
                  "linear probe": probe(queries).argmax(dim=1),
                  "kNN": knn_predict(bank, labels, queries, len(train.classes))}
-    record = cell._asdict() | {"run": start.path and start.path.parent.name, "rate": rate, "probe penalty": penalty}
+    run = Path(init_of(task, cell.arm, cell.seed)).parent.name if cell.arm == WITH_BYOL else None
+    record = cell._asdict() | {"run": run, "rate": rate, "probe penalty": penalty}
     right = {name: guess == test.labels for name, guess in predicted.items()}
     record |= {name: percent(answers) for name, answers in right.items()}
     return record | {"right": {name: pack(answers) for name, answers in right.items()}}, network
@@ -238,10 +236,10 @@ def held_out_accuracy(task: Task, cell: Cell, rate: float) -> float:
     train, seed, subset = task.train, cell.seed, subset_of(task, cell)
     mixed = subset[torch.randperm(len(subset), generator=seeded_generator(seed, "held out"))]
     mixed = mixed[train.labels[mixed].argsort(stable=True)]  # so that every fifth holds a fifth of each class
-    start, right = build_arm(task, cell.arm, seed), []
+    (encoder, feature_dim), right = build_arm(task, cell.arm, seed), []
     for fold in range(min(5, math.ceil(5 * HELD_OUT / len(subset)))):
         chosen = torch.arange(len(mixed)) % 5 == fold
-        network = fine_tune(task, copy.deepcopy(start.encoder), start.feature_dim, mixed[~chosen], seed, rate,
+        network = fine_tune(task, copy.deepcopy(encoder), feature_dim, mixed[~chosen], seed, rate,
                             f"{cell.labels} labels, {cell.arm}, rate {rate:g}")
         scores = features_of(task, network, fetch(train.pixels, mixed[chosen], train.pixels.device))
         right.append(scores.argmax(dim=1) == train.labels[mixed[chosen]])
@@ -354,31 +352,20 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
     with seeded_init(seed, "head"):
         encoder.fc = nn.Linear(feature_dim, len(train.classes))
     network = encoder.to(device, memory_format=torch.channels_last).train()
-    steps_per_epoch = len(train.labels) // c.BATCH_SIZE  # the remainder is dropped
-    total_steps = c.EPOCHS * steps_per_epoch
-    warmup_steps = min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
-    batch_size = min(c.BATCH_SIZE, len(subset))
-    steps_per_pass, size = len(subset) // batch_size, train.pixels.shape[-1]
+    size, batch_size = train.pixels.shape[-1], min(c.BATCH_SIZE, len(subset))
+    total_steps, warmup_steps = steps_of(c, len(train.labels) // c.BATCH_SIZE)
     peak = rate * batch_size / 256
     optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
-    with progress(total=total_steps, desc=title, unit="step") as bar:
-        for step in range(total_steps):
-            epoch, batch = divmod(step, steps_per_pass)
-            if batch == 0:
-                generator = seeded_generator(seed, "fine-tuning order", epoch)
-                order = subset[torch.randperm(len(subset), generator=generator)]
-            index = order[batch * batch_size:(batch + 1) * batch_size]
-            images = fetch(train.pixels, index, device)
+    indices = batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)
+    with progress(indices, total=total_steps, desc=title, unit="step") as bar:
+        for step, index in enumerate(bar):
+            images = fetch(train.pixels, subset[index], device)
             draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
-            box, flipped = crop_of(send(draws, device), size, size, c.CROP_AREA)
-            x = normalize(crop_resize(images, box, flipped, size)).contiguous(memory_format=torch.channels_last)
-            set_rate(optimizer, learning_rate(step, total_steps, warmup_steps, peak))
+            x = crop_resize(images, *crop_of(send(draws, device), size, size, c.CROP_AREA), size)
             with autocast(device, task.precision):
-                scores = network(x)
-            optimizer.zero_grad()
-            F.cross_entropy(scores.float(), send(train.labels[index], device)).backward()
-            optimizer.step()
-            bar.update()
+                scores = network(normalize(x).contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(scores.float(), send(train.labels[subset[index]], device))
+            take_step(optimizer, loss, learning_rate(step, total_steps, warmup_steps, peak))
             if task.signals:
                 raise Stopped("stopped: the results so far are kept, and the same command continues from there",
                               task.signals[0])
@@ -399,28 +386,6 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> t
 
     penalty = max(reversed(PROBE_PENALTIES), key=held_out_accuracy)  # of equals the strongest
     return fit_logistic(features, labels, classes, penalty), penalty
-
-
-def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float) -> nn.Module:
-    """Minimise cross-entropy + penalty / 2 * |W|^2 over standardised features by L-BFGS; the bias is free."""
-    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
-    x = (features - mean) / std
-    head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)  # no draw: it starts at 0
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(head(x), labels) + penalty / 2 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():  # fold the standardisation into the weights
-        head.weight /= std
-        head.bias -= head.weight @ mean
-    return head.requires_grad_(False)
 
 
 def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, arms: list[str], n: int) -> dict:
@@ -465,7 +430,8 @@ def report(task: Task, folder: Path, results: dict, arms: list[str], budgets: li
         plot_lines(folder / "steps.png", panels, steps, "fine-tuning steps", caption(c, lengths))
     if task.encoders:
         seed = c.SEEDS[0]
-        shown = [(arm, frozen_features(task, arm, seed, build_arm(task, arm, seed))[1]) for arm in (BASELINE, WITH_BYOL)]
+        shown = [(arm, frozen_features(task, arm, seed, build_arm(task, arm, seed)[0])[1])
+                 for arm in (BASELINE, WITH_BYOL)]
         plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
 
 

@@ -94,11 +94,8 @@ def run_script(script: dict, argv: list[str] | None) -> int:
     except BrokenPipeError:  # whoever read our lines has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it exits
         return 141  # 128 + SIGPIPE
-    except CannotWrite as error:
-        print(f"error: {error}{again}", file=sys.stderr)
-        return error.status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{again * isinstance(error, CannotWrite)}", file=sys.stderr)
         return error.status
     except torch.OutOfMemoryError as error:
         print(f"error: the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE",
@@ -443,9 +440,19 @@ def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: floa
     return torch.optim.AdamW(groups, rate, fused=True)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def steps_of(c: SimpleNamespace, steps_per_epoch: int) -> tuple[int, int]:
+    """All steps of EPOCHS, and those of the warm-up, which is at most half of them."""
+    total_steps = c.EPOCHS * steps_per_epoch
+    return total_steps, min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """Move the optimizer's parameters down the gradient of `loss`, at this rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 # ------------------------------------------------------------------------------------------------- features and kNN
@@ -481,6 +488,28 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: 
     votes = torch.zeros(len(queries), classes, device=queries.device)
     votes.scatter_add_(1, labels[nearest], torch.exp((similarity - 1) / temperature))  # -1: exp stays below 1
     return votes.argmax(dim=1)
+
+
+def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float) -> nn.Module:
+    """Minimise cross-entropy + penalty / 2 * |W|^2 over standardised features by L-BFGS; the bias is free."""
+    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    x = (features - mean) / std
+    head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)  # no draw: it starts at 0
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), labels) + penalty / 2 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():  # fold the standardisation into the weights
+        head.weight /= std
+        head.bias -= head.weight @ mean
+    return head.requires_grad_(False)
 
 
 def gain_of(gains: Tensor) -> tuple[float, float]:

@@ -29,8 +29,8 @@ from torchvision.transforms import InterpolationMode, v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, VIEW_DRAWS, render_views, send, two_views  # noqa: E402
-from data import cached_pixels, fetch, image_files, place  # noqa: E402
-from train_byol import batch_indices, train_step  # noqa: E402
+from data import batch_indices, cached_pixels, fetch, image_files, place  # noqa: E402
+from train_byol import train_step  # noqa: E402
 from utils import (build_encoder, build_optimizer, can_compile, hardware_name, keep_freed_memory,  # noqa: E402
                    seeded_generator, seeded_init, select_device, select_precision)
 
@@ -114,7 +114,7 @@ def main() -> None:
         draw = torch.compile(render_views) if compiled else render_views
         model, optimizer = build(torch.channels_last)
         network = torch.compile(model) if compiled else model
-        order = batch_indices(0, len(pixels), batch_size, 0, sys.maxsize)
+        order = batch_indices(0, "order", len(pixels), batch_size, 0, sys.maxsize)
 
         def views_of(images):
             return two_views(images, size, seeded_generator(0, "views", next(step)), render_views=draw)

@@ -57,6 +57,8 @@ def small_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
         encoder.relu = nn.ReLU()
         encoder.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
         encoder.fc = nn.Identity()
+    if Path(init).is_file():
+        encoder.load_state_dict(torch.load(init, weights_only=True))
     return encoder, 64
 
 

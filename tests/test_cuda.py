@@ -184,16 +184,17 @@ def test_features_and_knn_wait_for_batches_from_the_host_and_nothing_else(cuda, 
 
 
 @PLACES
-def test_the_monitor_waits_for_its_answer_alone(cuda, monkeypatch, where):
-    encoder, _ = small_encoder("", "random", 0)
+def test_the_monitor_waits_for_the_features_alone(cuda, monkeypatch, where):
+    encoder, feature_dim = small_encoder("", "random", 0)
     with cuda() as host:
         train = Split(images(20, where, monkeypatch), torch.zeros(20, dtype=torch.long), ["a", "b"])
         encoder = encoder.to(CUDA)
         host.waits.clear()
+        monkeypatch.setattr(train_byol, "fit_logistic", lambda x, *rest: nn.Linear(x.shape[1], 2))  # of the host alone
         train_byol.monitor(encoder, train, 0, CUDA, torch.bfloat16)
     copies = [] if where == "GPU" else ["extract_features: copy [20, 3, 24, 24]"]
-    assert host.waits == copies + ["monitor: copy [4]"]
-    assert host.sent == [(20,), (20,)], "the order and the labels"
+    assert host.waits == copies + [f"monitor: copy [20, {feature_dim}]"]
+    assert host.sent == []
 
 
 @PRECISIONS

@@ -218,7 +218,7 @@ def test_a_checkpoint_of_an_earlier_version_is_told_apart(stopped, capsys, batch
     """Its views were drawn from other numbers, and it knew fewer constants; a finished run needs neither."""
     for path in Path("runs").glob("*/checkpoint*.pt"):
         state = torch.load(path, weights_only=True)
-        for key in ("draws", "precision", "threads", "right_before"):
+        for key in ("version", "precision", "threads", "right_before"):
             del state[key]
         del state["constants"]["JITTER"]
         state["constants"].pop("BATCHNORM") if batchnorm is None else state["constants"].update(BATCHNORM=batchnorm)

@@ -18,7 +18,7 @@ import byol
 import train_byol
 from byol import BYOL
 from conftest import HAS_GPU, small_encoder
-from data import fetch, load_split
+from data import batch_indices, fetch, load_split
 from test_data import write_folder, write_stl10
 from utils import build_optimizer, extract_features, read_constants, seeded_generator, seeded_init
 
@@ -64,9 +64,9 @@ def test_a_run_fills_its_folder(tiny, capsys):
     table = rows("tiny")
     assert [row["step"] for row in table] == ["0", "2", "4"], "20 images make two batches of 8; the remainder is dropped"
     start = table.pop(0)
-    assert start["loss"] == "" and 0 <= float(start["knn"]) <= 100, "what BYOL has to rise above"
+    assert start["loss"] == "" and all(0 <= float(start[name]) <= 100 for name in ("knn", "probe")), "to rise above"
     assert all(0 <= float(row["loss"]) <= 8 and float(row["spread"]) > 0 for row in table)
-    assert [float(row["epoch"]) for row in table] == [1, 2] and all(row["knn"] for row in table)
+    assert [float(row["epoch"]) for row in table] == [1, 2] and all(row["knn"] and row["probe"] for row in table)
     out = capsys.readouterr().out
     assert "epoch 2.00 of 2  loss" in out and "runs/tiny/encoder.pt" in out
 
@@ -171,10 +171,10 @@ def test_encoders_that_cannot_be_had_end_in_one_line(capsys, argv, status, messa
 
 def test_pretraining_needs_no_test_split_and_no_labels(tiny, tmp_path, capsys):
     (tmp_path / "images" / "test").rename(tmp_path / "elsewhere")
-    assert tiny(run="no_test") == 0 and "kNN" in capsys.readouterr().out
+    assert tiny(run="no_test") == 0 and "kNN" in (out := capsys.readouterr().out) and "probe" in out
     (tmp_path / "images" / "train").rename(tmp_path / "elsewhere_too")
     assert tiny(run="no_labels") == 0 and "kNN" not in capsys.readouterr().out
-    assert all(row["knn"] == "" for row in rows("no_labels"))
+    assert all(row["knn"] == row["probe"] == "" for row in rows("no_labels"))
     assert same(weights("no_test"), weights("no_labels")), "the monitor changes nothing"
 
 
@@ -337,22 +337,22 @@ def test_the_verdict_tells_gained_from_lost_and_from_neither(init):
     gained[500:560], gained[:20] = True, False
     level[500:540], level[:36] = True, False
     half = 196.2 * math.sqrt((80 - 40 ** 2 / 1000) / 999 / 1000)
-    assert train_byol.verdict(before, gained, init) == (
+    assert train_byol.verdict("kNN", before, gained, init) == (
         f"kNN went from 50.0% to 54.0%, by +4.0 ± {half:.1f} (95%): pretraining gained") and 1.7 < half < 1.75
-    lost = train_byol.verdict(gained, before, init)
+    lost = train_byol.verdict("kNN", gained, before, init)
     assert "from 54.0% to 50.0%, by -4.0 ± 1.7 (95%): pretraining LOST; " in lost
     assert ("more EPOCHS" if init == "random" else "LEARNING_RATE") in lost
-    assert train_byol.verdict(before, level, init) == (
+    assert train_byol.verdict("kNN", before, level, init) == (
         "kNN went from 50.0% to 50.4%, by +0.4 ± 1.7 (95%): 1,000 held-out images cannot tell whether pretraining changed it")
-    assert "cannot tell" in train_byol.verdict(before, before, init)
+    assert "cannot tell" in train_byol.verdict("kNN", before, before, init)
     one = torch.tensor([True])
-    assert "by -100.0 ± nan (95%): 1 held-out images cannot tell" in train_byol.verdict(one, ~one, init)
+    assert "by -100.0 ± nan (95%): 1 held-out images cannot tell" in train_byol.verdict("kNN", one, ~one, init)
 
 
 def test_a_train_folder_that_changed_on_the_way_gets_no_verdict(tiny, monkeypatch, capsys):
     answers = iter([torch.tensor([True] * 10), *[torch.tensor([True] * 11)] * 2])
-    monkeypatch.setattr(train_byol, "monitor", lambda *args, **rest: next(answers))
-    assert tiny() == 0 and "kNN went" not in capsys.readouterr().out
+    monkeypatch.setattr(train_byol, "monitor", lambda *args, **rest: dict.fromkeys(("knn", "probe"), next(answers)))
+    assert tiny() == 0 and "went from" not in capsys.readouterr().out
 
 
 def test_a_run_of_several_processes_gives_its_threads_to_as_many_alone(tiny, monkeypatch):
@@ -371,9 +371,9 @@ def test_a_run_of_several_processes_gives_its_threads_to_as_many_alone(tiny, mon
 
 
 def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monkeypatch, capsys):
-    answers = iter([torch.tensor([True] * 10 + [False] * 90), torch.tensor([True] * 50 + [False] * 50),
-                    torch.tensor([True] * 90 + [False] * 10)])
-    monkeypatch.setattr(train_byol, "monitor", lambda *args, **rest: next(answers))
+    answers = iter([torch.arange(100) < right for right in (10, 50, 90)])
+    monkeypatch.setattr(train_byol, "monitor",
+                        lambda *args, **rest: {"knn": (right := next(answers)), "probe": right.roll(5).logical_not()})
     step, calls = train_byol.train_step, []
 
     def interrupted(*args):
@@ -383,27 +383,39 @@ def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monk
         return step(*args)
 
     monkeypatch.setattr(train_byol, "train_step", interrupted)
-    assert tiny() == 143 and "kNN went" not in capsys.readouterr().out
+    assert tiny() == 143 and "went from" not in capsys.readouterr().out
     assert tiny() == 0
-    assert "kNN went from 10.0% to 90.0%, by +80.0 ± 8.0 (95%): pretraining gained" in capsys.readouterr().out
-    assert [row["knn"] for row in rows("tiny")] == ["10.0", "50.0", "90.0"]
+    out = capsys.readouterr().out
+    assert "kNN went from 10.0% to 90.0%, by +80.0 ± 8.0 (95%): pretraining gained" in out
+    assert "linear probe went from 90.0% to 10.0%, by -80.0 ± 8.0 (95%): pretraining LOST" in out
+    assert [(row["knn"], row["probe"]) for row in rows("tiny")] == [("10.0", "90.0"), ("50.0", "50.0"), ("90.0", "10.0")]
 
 
 def test_every_image_of_an_epoch_is_taken_once():
-    first, second = (train_byol.epoch_order(0, epoch, 50) for epoch in (0, 1))
-    assert sorted(first.tolist()) == list(range(50)) and not torch.equal(first, second)
+    steps = list(batch_indices(0, "order", 50, 7, 0, 14))
+    first, second = torch.cat(steps[:7]), torch.cat(steps[7:])
+    assert len(set(first.tolist())) == 49 == len(first) and not torch.equal(first, second), "the remainder is dropped"
+    assert len(set(second.tolist())) == 49 and set(first.tolist()) | set(second.tolist()) <= set(range(50))
+    assert all(map(torch.equal, batch_indices(0, "order", 50, 7, 3, 14), steps[3:])), "from any step on"
 
 
 def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
     train, seen = load_split("patterns", "train", "", 16), []
 
     def knn(bank, labels, queries, classes):
-        seen.append((len(bank), len(queries)))
+        seen.append((bank, labels, queries))
         return torch.zeros(len(queries), dtype=torch.long)
 
+    fit, telling = train_byol.fit_logistic, torch.nn.functional.one_hot(train.labels, 10).float()
+    features = torch.cat([telling, torch.arange(200.0)[:, None]], dim=1)
+    monkeypatch.setattr(train_byol, "extract_features", lambda *args: features)
     monkeypatch.setattr(train_byol, "knn_predict", knn)
-    train_byol.monitor(torch.nn.Flatten(), train, 0, torch.device("cpu"), torch.float32)
-    assert seen == [(160, 40)]
+    monkeypatch.setattr(train_byol, "fit_logistic", lambda x, y, *rest: seen.append((x, y)) or fit(x, y, *rest))
+    right = train_byol.monitor(torch.nn.Identity(), train, 0, torch.device("cpu"), torch.float32)
+    (x, y), (bank, labels, queries) = seen
+    assert torch.equal(x, bank) and torch.equal(y, labels) and (len(bank), len(queries)) == (160, 40)
+    assert not any(torch.equal(query, known) for query in queries for known in bank), "none is in both"
+    assert right["probe"].shape == right["knn"].shape == (40,) and right["probe"].all(), "features meet their labels"
 
 
 BESIDE_A_GPU = "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"
@@ -454,7 +466,8 @@ train_byol.train_step, data.fetch = hashed, recorded
     taken0, taken1 = json.loads(taken0), json.loads(taken1)
     for epoch in (0, 1):
         shares = taken0[8 * epoch:8 * epoch + 8] + taken1[8 * epoch:8 * epoch + 8]
-        assert sorted(shares) == sorted(train_byol.epoch_order(0, epoch, 20)[:16].tolist())
+        whole = torch.cat(list(batch_indices(0, "order", 20, 8, 2 * epoch, 2 * epoch + 2)))
+        assert sorted(shares) == sorted(whole.tolist())
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
     assert json.loads((tmp_path / "runs" / "two" / "config.json").read_text())["environment"]["world_size"] == 2
     assert done.stdout.count("epoch 1.00 of 2") == 1
