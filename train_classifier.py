@@ -7,8 +7,8 @@
 
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes
 the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began
-with ImageNet weights or a file's, two more arms show what BYOL is to be measured against: random weights, and those
-weights with nothing new but the BatchNorm statistics of these images. Dataset, encoder, init and image size are those
+with ImageNet weights or a file's, two controls show what BYOL is to be measured against: random weights, and those
+weights with nothing new but the BatchNorm statistics of these images; --no-controls saves their time. Dataset, encoder, init and image size are those
 of the run. Reported is the accuracy on the test images after the last epoch, never the best one.
 """
 import base64
@@ -46,6 +46,7 @@ ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # what "without BYOL" starts from: imagenet, random, or a file with a state dict
 LABELS_PER_CLASS = (10, 50, "all")  # budgets to learn from: labelled training images of each class, or all
 SEEDS = (0, 1, 2)  # one training each; a seed decides the labelled subset, the head, the crops and random weights
+CONTROLS = True  # where INIT is not random: also random weights, and INIT's with these images' BatchNorm statistics
 FOLDS = False  # learn from STL-10's ten predefined folds of 1,000 images, one a seed, instead
 # Fine-tuning
 EPOCHS = 10  # passes over all labelled training images; a smaller budget takes as many steps
@@ -61,7 +62,7 @@ DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=(1e-2,))
-FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "FOLDS", "EPOCHS"}  # may change between calls
+FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "CONTROLS", "FOLDS", "EPOCHS"}  # may change between calls
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
 HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
@@ -122,7 +123,8 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     inputs |= {f"{name}/ of DATASET": sha256(repr((split.classes, split.labels.tolist())).encode()).hexdigest()
                for name, split in (("train", train), ("test", test))}
     results = open_results(folder / "results.json", c, environment(device, precision), inputs)
-    arms = ([BASELINE] if c.INIT == "random" else [RANDOM, BASELINE, BATCHNORM]) + [WITH_BYOL] * bool(encoders)
+    controls = c.CONTROLS and c.INIT != "random"
+    arms = [RANDOM] * controls + [BASELINE] + [BATCHNORM] * controls + [WITH_BYOL] * bool(encoders)
     print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
           f"classes\n{c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in "
           f"{results['environment']['precision']}{threads}", flush=True)

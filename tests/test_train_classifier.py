@@ -122,6 +122,15 @@ def test_an_init_that_is_not_random_has_two_more_arms(images, tmp_path, capsys, 
     assert RANDOM in out and BATCHNORM in out
 
 
+def test_controls_can_be_left_out_and_added_later(images, tmp_path, capsys):
+    argv = ["--dataset", "images", "--image-size", "16", "--init", "weights.pt", "--seeds", "0"]
+    assert compare(*argv, "--no-controls") == 0
+    first = results()["records"]
+    assert [r["arm"] for r in first] == [BASELINE] and RANDOM not in capsys.readouterr().out
+    assert compare(*argv) == 0 and results()["records"][:1] == first
+    assert [r["arm"] for r in results()["records"]] == [BASELINE, RANDOM, BATCHNORM]
+
+
 def test_all_four_arms_reach_the_table_and_the_figures(images, capsys, monkeypatch):
     figures, save = [], plots.save_figure
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))

@@ -48,7 +48,7 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
     for name in names:
         assert values[name] == getattr(script, name)
         default = ",".join(map(str, values[name])) if isinstance(values[name], tuple) else str(values[name])
-        usage = f"{utils.flag(name)} " + (f", --no-{name.lower()} " if values[name] is False else "VALUE ").lstrip()
+        usage = f"{utils.flag(name)} " + (f", --no-{name.lower()} " if isinstance(values[name], bool) else "VALUE ").lstrip()
         usage = usage.replace(" ,", ",")
         help_text = shown[shown.index(usage):].removeprefix(usage)
         comment, bracket, rest = help_text.partition(f" [{default}]")
