@@ -31,7 +31,7 @@ from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_o
                    verdict_of)
 
 # Data
-DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the kNN monitor, train/<class>/
+DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
 DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
 CROP_AREA = "auto"  # smallest share of an image that a view shows (paper: 0.08); auto: 0.5, if INIT is random 0.2
@@ -216,7 +216,7 @@ def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, C
 
 
 def load_images(c: SimpleNamespace, device: torch.device) -> tuple[Tensor, Split | None]:
-    """Images to pretrain on, and the labelled training split for the kNN monitor, if there is one."""
+    """Images to pretrain on, and the labelled training split to watch them by, if there is one."""
     with rank_0_first():
         train = load_split(c.DATASET, "train", c.DATA_ROOT, c.IMAGE_SIZE)
         unlabeled = load_split(c.DATASET, "unlabeled", c.DATA_ROOT, c.IMAGE_SIZE) or train
