@@ -44,15 +44,14 @@ class BYOL(nn.Module):
     def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 4096, projection_dim: int = 256,
                  frozen_batchnorm: bool = False):
         super().__init__()
+        for module in encoder.modules() if frozen_batchnorm else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # and so in the target's copy
         self.online_encoder = encoder
         self.online_projector = mlp(feature_dim, hidden_dim, projection_dim)
         self.predictor = mlp(projection_dim, hidden_dim, projection_dim)
         self.target_encoder = copy.deepcopy(self.online_encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.online_projector).requires_grad_(False)
-        if frozen_batchnorm:
-            for module in [*self.online_encoder.modules(), *self.target_encoder.modules()]:
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
         # Not a weight: the latest batch's spread, left here so that nobody has to compute an embedding twice.
         self.register_buffer("spread", torch.zeros(()), persistent=False)
 

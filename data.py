@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -22,8 +23,8 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as tv
 
 from byol import send
-from runs import write_json
-from utils import UserError, one_line, progress, seeded_generator
+from runs import whole_file, write_json
+from utils import CannotWrite, UserError, one_line, progress, seeded_generator
 
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
@@ -159,9 +160,10 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def image_files(top: Path) -> list[Path]:
-    """Image files below `top`, sorted, hidden ones left out. Raises UserError for a folder that cannot be read."""
-    return sorted(Path(folder, name) for folder, _, names in os.walk(top, onerror=refuse) for name in names
-                  if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."))
+    """Image files below `top`, sorted, without what is hidden. Raises UserError for a folder that cannot be read."""
+    found = (Path(folder, name) for folder, _, names in os.walk(top, onerror=refuse) for name in names)
+    return sorted(file for file in found if file.suffix.lower() in EXTENSIONS
+                  and not any(part.startswith(".") for part in file.relative_to(top).parts))
 
 
 def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[Tensor, Tensor]:
@@ -171,11 +173,9 @@ def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[
     """
     name = f"{top.parent.name}-{top.name}-{size}px-{sha256(str(top.resolve()).encode()).hexdigest()[:8]}"
     array, description = root / "cache" / f"{name}.bin", root / "cache" / f"{name}.json"
-    stamp = sha256()
-    for file in files:
-        status = file.stat() if file.exists() else file.lstat()  # a dangling link is counted as broken later
-        stamp.update(f"{file.relative_to(top)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    stamp = stamp.hexdigest()
+    found = [(file, file.stat() if file.exists() else file.lstat()) for file in files]  # a dangling link: broken later
+    lines = [f"{file.relative_to(top)} {status.st_size} {status.st_mtime_ns}\n" for file, status in found]
+    stamp = sha256("".join(lines).encode()).hexdigest()
     try:
         cached = json.loads(description.read_text())
         whole = array.stat().st_size == len(cached["kept"]) * 3 * size * size
@@ -190,12 +190,11 @@ def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[
 def decode_files(top: Path, files: list[Path], array: Path, description: Path, size: int) -> list[int]:
     """Decode `files` in parallel into the raw file `array`; returns the indices of those that could be read."""
     kept, broken = [], []
-    partial = array.with_suffix(f".{os.getpid()}.tmp")  # another run may be decoding the same folder
     try:
-        array.parent.mkdir(parents=True, exist_ok=True)
-        description.unlink(missing_ok=True)  # never an old description beside a new array
-        with (open(partial, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool,
+        with (whole_file(array, f".{os.getpid()}.tmp") as out,  # another run may be decoding the same folder
+              ThreadPoolExecutor(os.cpu_count()) as pool,
               progress(total=len(files), desc=f"reading {top}", unit="image") as bar):
+            description.unlink(missing_ok=True)  # never an old description beside a new array
             for start in range(0, len(files), 1024):  # so that no more than this waits in memory for the disk
                 chunk = files[start:start + 1024]
                 for index, image in enumerate(pool.map(lambda file: decode_image(file, size), chunk), start):
@@ -208,15 +207,9 @@ def decode_files(top: Path, files: list[Path], array: Path, description: Path, s
             if len(broken) > MAX_BROKEN * len(files):
                 raise UserError(f"{len(broken)} of {len(files)} images in {top} cannot be read, more than "
                                 f"{MAX_BROKEN:.0%}; the first is {broken[0]}")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, array)
-    except OSError as error:
-        raise UserError(f"cannot write the image cache {array}: {one_line(error)}; make space or set "
+    except CannotWrite as error:
+        raise UserError(f"cannot write the image cache {array}: {one_line(error.__cause__)}; make space or set "
                         "DATA_ROOT") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
     if broken:
         print(f"skipped {len(broken)} of {len(files)} images in {top} that cannot be read: {', '.join(broken[:5])}"
               + (", ..." if len(broken) > 5 else ""))
@@ -236,7 +229,7 @@ def decode_image(file: Path, size: int) -> np.ndarray | str:
             image = image.convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # Pillow's decoders
         return one_line(error)
 
 

@@ -25,14 +25,12 @@ def save_figure(figure: Figure, path: Path) -> None:
 def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None:
     """A dozen images, uint8 [N,3,H,W], each above the two views [N,3,S,S] that the networks get of it."""
     figure = Figure(figsize=(0.7 * len(images) + 0.5, 2.4), layout="constrained")
-    axes = figure.subplots(3, len(images), squeeze=False)
-    for row, (name, batch) in enumerate([("image", images), ("view 1", view1), ("view 2", view2)]):
-        batch = batch.float().cpu()
-        batch = batch / 255 if row == 0 else denormalize(batch)
-        for axis, image in zip(axes[row], batch.clamp(0, 1)):
-            axis.imshow(image.permute(1, 2, 0).numpy())
+    rows = [("image", images / 255), ("view 1", denormalize(view1)), ("view 2", denormalize(view2))]
+    for axes, (name, batch) in zip(figure.subplots(3, len(images), squeeze=False), rows):
+        for axis, image in zip(axes, batch.clamp(0, 1)):
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
             axis.set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(name)
+        axes[0].set_ylabel(name)
     save_figure(figure, path)
 
 
@@ -82,8 +80,7 @@ def plot_comparison(path: Path, summary: dict[str, dict[str, list[float]]], prot
             axis.annotate(f"{height:.1f}", (at, height + error), ha="center", va="bottom", xytext=(0, 2),
                           textcoords="offset points", fontsize=9)
     axis.set_xticks(np.arange(len(protocols)), protocols)
-    axis.set_ylabel("test accuracy (%)")
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
+    axis.set(ylabel="test accuracy (%)", ylim=(0, axis.get_ylim()[1] * 1.1))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.supxlabel(caption, fontsize=8, color=GRAY)
@@ -119,7 +116,8 @@ def plot_neighbors(path: Path, test: Split, features: Sequence[tuple[str, Tensor
 
     features: of each arm, its name and the features [N,D] of the test images.
     """
-    classes = torch.randperm(len(test.classes), generator=generator)[:queries].sort().values.tolist()
+    present = test.labels.unique()
+    classes = present[torch.randperm(len(present), generator=generator)[:queries]].sort().values
     chosen = [torch.nonzero(test.labels == k)[0].item() for k in classes]
     figure = Figure(figsize=(7.2, 0.62 * len(chosen) + 0.6), layout="constrained")
     axis = figure.subplots()
@@ -135,7 +133,7 @@ def plot_neighbors(path: Path, test: Split, features: Sequence[tuple[str, Tensor
         for x, (_, values) in zip(left, features):
             similarity = F.cosine_similarity(values, values[query:query + 1])
             similarity[query] = -2  # not its own neighbour
-            for rank, index in enumerate(similarity.topk(neighbors).indices.tolist()):
+            for rank, index in enumerate(similarity.topk(min(neighbors, len(values) - 1)).indices.tolist()):
                 right = test.labels[index] == test.labels[query]
                 place(index, x + rank, y, linewidth=2.5, color=BLUE if right else ORANGE, ls="-" if right else ":")
     axis.text(0.43, -0.15, "query", ha="center")

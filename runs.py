@@ -48,9 +48,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
     """Write a file under a temporary name, flush it to disk, rename it: no reader or crash meets half a file."""
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(path.name + suffix)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(f"{folder} is being written by another process: wait for it, or choose another "
                             "RUN") from error
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
@@ -106,12 +108,11 @@ def read_json(path: Path, key: str) -> dict:
 def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
     """Raise UserError, naming them, where constants other than the `free` ones differ from those in `path`."""
     before, now = json.loads(json.dumps([before, now]))  # tuples become lists, as in a JSON file
-    changed = [f"{name} {value} -> {now.get(name)}" for name, value in before.items()  # an earlier version knew fewer
-               if value != now.get(name) and name not in free]
+    changed = {name: f"{name} {value} -> {now.get(name)}" for name, value in before.items()  # earlier versions: fewer
+               if value != now.get(name) and name not in free}
     if changed:
-        raise UserError(f"{path} has other constants: {', '.join(changed)}; set them back, choose another RUN, or use "
-                        "--overwrite to start anew" + (" (the schedules span all EPOCHS: a longer run is another run)"
-                                                       if before.get("EPOCHS") != now.get("EPOCHS") else ""))
+        raise UserError(f"{path} has other constants: {', '.join(changed.values())}; set them back, choose another "
+                        "RUN, or use --overwrite to start anew" + " (the schedules span all EPOCHS: a longer run is another run)" * ("EPOCHS" in changed))
 
 
 def last_state(folder: Path, constants: dict, free: set[str], resolved: Iterable[str] = ()) -> dict | None:
@@ -159,7 +160,7 @@ def read_checkpoint(folder: Path) -> dict | None:
                 return state
         except UNREADABLE:
             pass
-        print(f"{path} is torn or no checkpoint of this code; looking for the one before it")
+        say(f"{path} is torn or no checkpoint of this code; looking for the one before it")
     if found:
         raise UserError(f"no checkpoint in {folder} can be read: --overwrite starts anew")
     return None
@@ -189,8 +190,7 @@ class Metrics:
 
     def remember(self, row: dict[str, float | str]) -> None:
         for name, numbers in self.columns.items():
-            value = row.get(name, "")
-            numbers.append(math.nan if value == "" else float(value))
+            numbers.append(float(str(row.get(name, "")) or "nan"))
 
     def append(self, **row: float | str) -> None:
         with writing(self.path), open(self.path, "a", newline="") as file:

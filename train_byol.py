@@ -6,7 +6,7 @@
 
 Edit the constants below or pass them as flags. Everything goes to runs/RUN/: the encoder as a plain torchvision state
 dict (encoder.pt), the curves, and a checkpoint; the same command again continues an unfinished run.
-`torchrun --nproc-per-node=N train_byol.py ...` trains on N GPUs.
+`torchrun --nproc-per-node=N -- train_byol.py ...` trains on N GPUs.
 """
 import contextlib
 import math
@@ -26,7 +26,7 @@ from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
                    check_training, choose_threads, constants_of, environment, extract_features, fit_logistic, flag,
-                   gain_of, knn_predict, name_of, percent, plain_state_dict, rank_0_first, run_script, say,
+                   gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict, rank_0_first, run_script, say,
                    seeded_generator, seeded_init, select_device, select_precision, start_processes, steps_of, take_step,
                    verdict_of)
 
@@ -127,6 +127,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     if rank == 0:
         if c.overwrite:  # only now, when everything that could be wrong has been looked at
             clear_run(folder)
+            c.began_anew = True
         where = environment(device, precision)
         write_json(folder / "config.json", {"constants": constants_of(c), "environment": where})
         sample = images[:12].to(device)
@@ -145,7 +146,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
         for name, label in (("knn", "kNN"), ("probe", "linear probe")):
             say(verdict(label, before[name], right[name], c.INIT))
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
-        + (" --demo" if c.demo else "") + (f" --run {c.RUN}" if c.RUN != (DEMO["RUN"] if c.demo else RUN) else ""))
+        + " --demo" * c.demo + "".join(f" {flag(name)} {getattr(c, name)}" for name in ("RUN", "DATA_ROOT")
+                                       if name in c.given))
 
 
 def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, network: nn.Module,
@@ -166,9 +168,10 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
         loss = train_step(network, model, optimizer, views, rate, tau, precision)
         run.count(loss)
         if run.row_is_due:
+            scores = {}
             if run.epoch_ends and watch:
-                right = watch(model.online_encoder)
-            scores = percents(right) if run.epoch_ends and watch else {}
+                run.check_health()  # features of sick weights are no numbers
+                scores = percents(right := watch(model.online_encoder))
             run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), **scores)
             if spread < 0.1 * c.PROJECTION_DIM ** -0.5:
                 run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} "
@@ -268,6 +271,7 @@ def resolve_auto(c: SimpleNamespace) -> None:
 
 
 def check_constants(c: SimpleNamespace) -> None:
+    make_tuples(c, "BLUR_P")
     check_training(c, JITTER=(0, 2), BLUR_P=(0, 1), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
                    BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf), CHECKPOINT_MINUTES=(0, math.inf))
     if len(c.BLUR_P) != 2:

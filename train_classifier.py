@@ -8,13 +8,15 @@
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes
 the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began
 with ImageNet weights or a file's, two controls show what BYOL is to be measured against: random weights, and those
-weights with nothing new but the BatchNorm statistics of these images; --no-controls saves their time. Dataset, encoder, init and image size are those
-of the run. Reported is the accuracy on the test images after the last epoch, never the best one.
+weights with nothing new but the BatchNorm statistics of these images; --no-controls saves their time. Dataset, encoder,
+init and image size are those of the run. Reported is the accuracy on the test images after the last epoch, never the
+best one.
 """
 import base64
 import copy
 import math
 import sys
+import textwrap
 from functools import partial
 from hashlib import sha256
 from itertools import product
@@ -35,8 +37,8 @@ from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
                    choose_threads, constants_of, environment, extract_features, fit_logistic, flag, gain_of,
-                   knn_predict, network_input, percent, plain_state_dict, progress, run_script, seeded_generator,
-                   seeded_init, select_device, select_precision, steps_of, take_step, verdict_of)
+                   knn_predict, make_tuples, network_input, percent, plain_state_dict, progress, run_script,
+                   seeded_generator, seeded_init, select_device, select_precision, steps_of, take_step, verdict_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
@@ -62,7 +64,7 @@ DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=(1e-2,))
-FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "CONTROLS", "FOLDS", "EPOCHS"}  # may change between calls
+FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "CONTROLS", "FOLDS", "EPOCHS"}  # between calls
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
 HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
@@ -98,7 +100,7 @@ def run(c: SimpleNamespace) -> None:
     encoders = adopt_runs(c)
     check_constants(c)
     if c.FOLDS:
-        c.SEEDS, c.LABELS_PER_CLASS = tuple(range(10)), (FOLD,)
+        c.SEEDS, c.LABELS_PER_CLASS = c.SEEDS if "SEEDS" in c.given else tuple(range(10)), (FOLD,)
     turns = [sum(seed % len(encoders) == i for seed in c.SEEDS) for i in range(len(encoders))]
     if len(set(turns)) > 1:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} do not take the runs {c.RUN} equally often: of "
@@ -120,8 +122,9 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     folds = load_folds(c.DATA_ROOT, len(train.labels)) if c.FOLDS else []
     budgets = affordable(c.LABELS_PER_CLASS, train)
     inputs = {str(path): sha256(path.read_bytes()).hexdigest() for path in encoders}
-    inputs |= {f"{name}/ of DATASET": sha256(repr((split.classes, split.labels.tolist())).encode()).hexdigest()
-               for name, split in (("train", train), ("test", test))}
+    if Path(c.INIT).is_file():
+        inputs["INIT"] = sha256(Path(c.INIT).read_bytes()).hexdigest()
+    inputs |= {f"{name}/ of DATASET": digest_of(split) for name, split in (("train", train), ("test", test))}
     results = open_results(folder / "results.json", c, environment(device, precision), inputs)
     controls = c.CONTROLS and c.INIT != "random"
     arms = [RANDOM] * controls + [BASELINE] + [BATCHNORM] * controls + [WITH_BYOL] * bool(encoders)
@@ -132,23 +135,27 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     save = partial(write_json, folder / "results.json", results)
     with stop_signals() as signals:
         task = Task(c, train, test, device, precision, encoders, folds, signals, features={})
-        known = {cell_of(record) for record in results["records"]}
-        longest = max([c.EPOCHS, *(cell.epochs for cell in known)])
+        cells = {Cell(*(record[name] for name in Cell._fields)): record for record in results["records"]}
+        longest = max([c.EPOCHS, *(cell.epochs for cell in cells if cell.arm == arms[-1])])
+        if c.overwrite:
+            save()
+            c.began_anew = True
         for seed, arm in product(c.SEEDS, arms):
-            missing = [cell for labels in budgets if (cell := Cell(seed, arm, labels, c.EPOCHS)) not in known]
+            missing = [cell for labels in budgets if (cell := Cell(seed, arm, labels, c.EPOCHS)) not in cells]
             start = build_arm(task, arm, seed) if missing else ()
             for cell in missing:
                 record, network = train_cell(task, cell, *start, choose_rate(task, cell, results["trials"], save))
                 if cell == (c.SEEDS[0], arms[-1], budgets[-1], longest):
                     save_torch(folder / "classifier.pt", plain_state_dict(network))
                 results["records"].append(record)
+                cells[cell] = record
                 save()
                 print(f"seed {seed} {cell.labels:>4} labels {arm:<14}"
                       + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
 
-    report(task, folder, results, arms, budgets)
+    report(task, folder, results, cells, arms, budgets)
     if not encoders:
-        same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", *OF_THE_RUN) if name in c.given]
+        same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", "DATA_ROOT", *OF_THE_RUN) if name in c.given]
         command = " ".join(["python train_byol.py", *["--demo"] * c.demo, *same])
         print(f"\nThis is the half without BYOL. For the other: {command}, then this command again.")
 
@@ -160,8 +167,12 @@ def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split
     return found._replace(pixels=place(found.pixels, device))
 
 
-def cell_of(record: dict) -> Cell:
-    return Cell(*(record[name] for name in Cell._fields))
+def digest_of(split: Split) -> str:
+    """Tells these images, in this order and with these labels, from any others."""
+    digest = sha256(repr((split.classes, split.labels.tolist())).encode())
+    for images in split.pixels.split(256):
+        digest.update(images.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def init_of(task: Task, arm: str, seed: int) -> str:
@@ -195,7 +206,9 @@ def features_of(task: Task, network: nn.Module, pixels: Tensor) -> Tensor:
 
 def subset_of(task: Task, cell: Cell) -> Tensor:
     """Indices of the training images that a cell learns from."""
-    return task.folds[cell.seed] if cell.labels == FOLD else draw_subset(task.train.labels, cell.labels, cell.seed)
+    if cell.labels == FOLD:
+        return task.folds[cell.seed % len(task.folds)]  # rates may have been tried with another seed than a fold's
+    return draw_subset(task.train.labels, cell.labels, cell.seed)
 
 
 def train_cell(task: Task, cell: Cell, encoder: nn.Module, feature_dim: int, rate: float) -> tuple[dict, nn.Module]:
@@ -206,12 +219,11 @@ def train_cell(task: Task, cell: Cell, encoder: nn.Module, feature_dim: int, rat
     probe, penalty = linear_probe(bank, labels, len(train.classes), cell.seed)
     network = fine_tune(task, copy.deepcopy(encoder), feature_dim, subset, cell.seed, rate,
                         f"seed {cell.seed}, {cell.labels} labels, {cell.arm}")
-    predicted = {"fine-tuning": features_of(task, network, test.pixels).argmax(dim=1),
-                 "linear probe": probe(queries).argmax(dim=1),
-                 "kNN": knn_predict(bank, labels, queries, len(train.classes))}
+    right = {"fine-tuning": features_of(task, network, test.pixels).argmax(dim=1) == test.labels,
+             "linear probe": probe(queries).argmax(dim=1) == test.labels,
+             "kNN": knn_predict(bank, labels, queries, len(train.classes)) == test.labels}
     run = Path(init_of(task, cell.arm, cell.seed)).parent.name if cell.arm == WITH_BYOL else None
     record = cell._asdict() | {"run": run, "rate": rate, "probe penalty": penalty}
-    right = {name: guess == test.labels for name, guess in predicted.items()}
     record |= {name: percent(answers) for name, answers in right.items()}
     return record | {"right": {name: pack(answers) for name, answers in right.items()}}, network
 
@@ -284,7 +296,7 @@ def draw_subset(labels: Tensor, per_class: int | str, seed: int) -> Tensor:
 def adopt_runs(c: SimpleNamespace) -> list[Path]:
     """Set `c`'s dataset, encoder, init and image size to those of the pretraining runs; returns their encoder.pt files.
 
-    None where there is no such run. Raises UsageError for a flag that contradicts a run's config.json, and for runs
+    Empty where there is no such run. Raises UsageError for a flag that contradicts a run's config.json, and for runs
     that differ in more than their SEED.
     """
     configs = [run_folder(name) / "config.json" for name in c.RUN.split(",")]
@@ -382,11 +394,11 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> t
     order = torch.randperm(len(labels), generator=seeded_generator(seed, "probe"))
     fit, held_out = order.tensor_split([int(0.8 * len(order))])
 
-    def held_out_accuracy(penalty):
+    def accuracy_of(penalty):
         probe = fit_logistic(features[fit], labels[fit], classes, penalty)
         return percent(probe(features[held_out]).argmax(dim=1) == labels[held_out])
 
-    penalty = max(reversed(PROBE_PENALTIES), key=held_out_accuracy)  # of equals the strongest
+    penalty = max(reversed(PROBE_PENALTIES), key=accuracy_of)  # of equals the strongest
     return fit_logistic(features, labels, classes, penalty), penalty
 
 
@@ -405,10 +417,10 @@ def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, ar
     return summary
 
 
-def report(task: Task, folder: Path, results: dict, arms: list[str], budgets: list[int | str]) -> None:
+def report(task: Task, folder: Path, results: dict, cells: dict[Cell, dict], arms: list[str],
+           budgets: list[int | str]) -> None:
     """The table, its numbers in results.json, and the figures, all from the records."""
     c, test = task.c, task.test
-    cells = {cell_of(record): record for record in results["records"]}
     summary = {str(labels): summarize(cells, labels, c, arms, len(test.labels)) for labels in budgets}
     write_json(folder / "results.json", results | {"classes": test.classes, "summary": summary})
     print_table(summary, arms, c)
@@ -423,11 +435,8 @@ def report(task: Task, folder: Path, results: dict, arms: list[str], budgets: li
     lengths = [epochs for epochs in sorted({cell.epochs for cell in cells})
                if all(Cell(*rest, epochs) in cells for rest in product(c.SEEDS, arms, budgets))]
     if len(lengths) > 1:
-        def tuned(arm: str, labels: int | str, epochs: int) -> list[float]:
-            return [cells[Cell(seed, arm, labels, epochs)]["fine-tuning"] for seed in c.SEEDS]
-
-        panels = {label_text(labels): {arm: [tuned(arm, labels, epochs) for epochs in lengths] for arm in arms}
-                  for labels in budgets}
+        panels = {label_text(labels): {arm: [[cells[Cell(seed, arm, labels, epochs)]["fine-tuning"] for seed in c.SEEDS]
+                                             for epochs in lengths] for arm in arms} for labels in budgets}
         steps = [epochs * (len(task.train.labels) // c.BATCH_SIZE) for epochs in lengths]
         plot_lines(folder / "steps.png", panels, steps, "fine-tuning steps", caption(c, lengths))
     if task.encoders:
@@ -483,14 +492,14 @@ def caption(c: SimpleNamespace, lengths: Sequence[int] = ()) -> str:
     spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights"
               if len(c.SEEDS) > 1 else f"seed {seeds}")
     data = Path(c.DATASET).resolve().name  # a folder's name says enough, and a path may be long
-    return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {Path(c.INIT).name} weights\n{spread}\n"
+    return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {Path(c.INIT).name} weights\n"
+            f"{textwrap.fill(spread, 80)}\n"
             f"{'one pretraining run' if runs == 1 else f'{runs} pretraining runs, in turn'}; fine-tuned for {epochs} "
             "epochs, the last one reported")
 
 
 def check_constants(c: SimpleNamespace) -> None:
-    if not isinstance(c.LEARNING_RATE, tuple):
-        c.LEARNING_RATE = (c.LEARNING_RATE,)
+    make_tuples(c, "LEARNING_RATE", "SEEDS", "LABELS_PER_CLASS")
     check_training(c)
     if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} repeats a seed or is empty")
@@ -500,6 +509,8 @@ def check_constants(c: SimpleNamespace) -> None:
                          f"({flag('LABELS_PER_CLASS')})")
     if 1 in budgets and len(c.LEARNING_RATE) > 1:
         raise UsageError("LABELS_PER_CLASS 1 leaves no image to choose a rate by: give one LEARNING_RATE")
+    if c.FOLDS and not set(c.SEEDS) <= set(range(10)):
+        raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))}: of STL-10's folds there are those from 0 to 9")
     if c.FOLDS and c.DATASET != "stl10":
         raise UsageError(f"FOLDS are STL-10's, and DATASET is {c.DATASET!r}: leave --folds out")
 

@@ -32,10 +32,8 @@ from tqdm import tqdm
 
 from byol import normalize, parameter_groups
 
-
 # `--demo`: what both scripts share of it; each adds its own
 DEMO = {"DATASET": "patterns", "IMAGE_SIZE": 32, "INIT": "random", "RUN": "demo"}
-
 
 # What torch.load raises for a file that is torn, foreign, or holds more than tensors and plain values
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,
@@ -77,30 +75,36 @@ def run_script(script: dict, argv: list[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     keep_freed_memory()
-    again = ""  # how "the same command" differs from this one
+    constants = None
     try:
-        constants = read_constants(script, argv)
-        again = " (without --overwrite)" if constants.overwrite else ""
-        script["run"](constants)
+        try:
+            constants = read_constants(script, argv)
+            script["run"](constants)
+            status = 0
+        except Stopped as stop:
+            print(f"{stop}{how_again(constants)}")
+            status = stop.status
+        except KeyboardInterrupt:
+            print("stopped at once: what was saved before is whole, and the same command continues from there"
+                  + how_again(constants))
+            return 130
         leave_processes()
-        return 0
-    except Stopped as stop:
-        print(f"{stop}{again}")
-        leave_processes()
-        return stop.status
-    except KeyboardInterrupt:
-        print(f"stopped at once: what was saved before is whole, and the same command continues from there{again}")
-        return 130
+        return status
     except BrokenPipeError:  # whoever read our lines has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes what is left when it exits
         return 141  # 128 + SIGPIPE
     except UserError as error:
-        print(f"error: {error}{again * isinstance(error, CannotWrite)}", file=sys.stderr)
+        print(f"error: {error}{how_again(constants) if isinstance(error, CannotWrite) else ''}", file=sys.stderr)
         return error.status
     except torch.OutOfMemoryError as error:
         print(f"error: the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE",
               file=sys.stderr)
         return 1
+
+
+def how_again(constants: SimpleNamespace | None) -> str:
+    """How "the same command" differs from the one that was given: what it began anew must not be thrown away again."""
+    return " (without --overwrite)" if getattr(constants, "began_anew", False) else ""
 
 
 # --------------------------------------------------------------------------------------------- constants and flags
@@ -154,8 +158,10 @@ def flag(name: str) -> str:
 def parser_of(default: Any) -> Callable[[str], Any]:
     """How a flag's text becomes a value of its default's type; a tuple is comma-separated, its words as they are."""
     if isinstance(default, tuple):
+        number = next((type(value) for value in default if not isinstance(value, str)), str)
+
         def numbers(text: str) -> tuple:
-            return tuple(part if part in default else type(default[0])(part) for part in text.split(","))
+            return tuple(part if part in default else number(part) for part in text.split(","))
         return numbers
     return type(default)
 
@@ -163,6 +169,13 @@ def parser_of(default: Any) -> Callable[[str], Any]:
 def constants_of(namespace: SimpleNamespace) -> dict:
     """The UPPER_CASE entries alone: what config.json records."""
     return {name: value for name, value in vars(namespace).items() if name.isupper()}
+
+
+def make_tuples(constants: SimpleNamespace, *names: str) -> None:
+    """Let a single value stand where a constant holds several."""
+    for name in names:
+        if not isinstance(getattr(constants, name), tuple):
+            setattr(constants, name, (getattr(constants, name),))
 
 
 def check_ranges(constants: SimpleNamespace, **bounds: tuple[float, float]) -> None:
@@ -492,7 +505,7 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: 
 
 def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float) -> nn.Module:
     """Minimise cross-entropy + penalty / 2 * |W|^2 over standardised features by L-BFGS; the bias is free."""
-    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=min(1, len(features) - 1)).clamp(min=1e-6)
     x = (features - mean) / std
     head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)  # no draw: it starts at 0
     nn.init.zeros_(head.weight)

@@ -1,6 +1,7 @@
 """Datasets: STL-10's own format, folders of images of every kind, the cache, the patterns."""
 import os
 import shutil
+import struct
 import threading
 import warnings
 
@@ -162,6 +163,22 @@ def test_exif_orientation_is_honoured(tmp_path):
     image.save(tmp_path / "x.jpg", exif=exif)
     pixels = decode_image(tmp_path / "x.jpg", 16)
     assert pixels[:, :6].max() < 30 and pixels[:, -6:].min() > 225
+
+
+def test_damaged_exif_is_an_image_that_cannot_be_read(tmp_path, monkeypatch):
+    def damaged(image):
+        raise struct.error("unpack requires a buffer of 12 bytes")
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", damaged)
+    assert decode_image(tmp_path / "x.jpg", 8) == "unpack requires a buffer of 12 bytes"
+
+
+def test_what_is_hidden_is_no_image(tmp_path):
+    for name in ("a.png", ".b.png", "deep/c.png", ".checkpoints/d.png", "deep/.thumbnails/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    assert image_files(tmp_path) == [tmp_path / "a.png", tmp_path / "deep" / "c.png"]
 
 
 def test_folder_is_decoded_once(tmp_path, monkeypatch):

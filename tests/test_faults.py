@@ -1,4 +1,5 @@
 """Everything that goes wrong for a user: one line on stderr that names it, and the run's files as they were."""
+import errno
 import os
 import shutil
 import signal
@@ -197,6 +198,9 @@ def test_changed_constants_and_contradictions(finished, capsys):
             "config.json", "16")
     refused(capsys, train_classifier, ["--run", "tiny", *QUICK, "--seeds", "0", "--crop-area", "0.9"], 1,
             "CROP_AREA 0.3 -> 0.9")
+    assert train_classifier.main(["--run", "tiny", *QUICK, "--seeds", "0", "--crop-area", "0.9", "--epochs", "5"]) == 1
+    err = capsys.readouterr().err
+    assert "CROP_AREA 0.3 -> 0.9; set" in err and "longer run" not in err, "where lengths stand beside each other"
 
 
 def test_a_config_that_is_not_ours(finished, capsys):
@@ -311,7 +315,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
     assert err.startswith("error: cannot write runs/byol/.lock") and err.endswith("run the same command again\n")
     assert err.count("\n") == 1
     assert train_byol.main(["--dataset", "images", *TINY, "--overwrite"]) == 1
-    assert capsys.readouterr().err.endswith("run the same command again (without --overwrite)\n")
+    assert capsys.readouterr().err.endswith("run the same command again\n"), "nothing was begun anew"
 
 
 # ------------------------------------------------------------------------------------------------ torn checkpoints
@@ -462,6 +466,41 @@ sys.exit(train_byol.main({["--dataset", "images", *TINY, "--epochs", "400"]}))""
     assert process.stdout.readline().startswith("BYOL: 20 images")
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("error", ["utils.Stopped('stopped after a step', 2)", "KeyboardInterrupt"])
+def test_a_reader_who_leaves_with_the_run_meets_no_traceback(error):
+    """Ctrl-C in `python train_byol.py | tee log` ends tee, too."""
+    readers_end, writers_end = os.pipe()
+    os.close(readers_end)
+    done = subprocess.run([sys.executable, "-c", f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import train_byol, utils
+def run(c):
+    raise {error}
+sys.exit(utils.run_script(vars(train_byol) | {{"run": run}}, []))"""], stdout=writers_end, stderr=subprocess.PIPE, text=True)
+    os.close(writers_end)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(stopped, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    assert train_byol.main(stopped) == 0
+
+
+def test_a_run_that_was_not_begun_anew_is_not_continued_in_its_place(stopped, monkeypatch, capsys):
+    """Ctrl-C with --overwrite: before the old run is gone, the same command is the very same."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for name, again in (("load_images", "from there\n"), ("plot_views", "from there (without --overwrite)\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_byol, name, interrupted)
+            assert train_byol.main([*stopped, "--overwrite"]) == 130 and capsys.readouterr().out.endswith(again)
 
 
 def test_a_second_interrupt_stops_at_once(stopped, monkeypatch, capsys):

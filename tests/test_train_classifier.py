@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 import torchvision
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -171,9 +172,16 @@ def test_stl10s_folds_are_the_labelled_subsets(tmp_path, small, monkeypatch, cap
     monkeypatch.setattr(train_classifier, "fine_tune", lambda t, e, f, s, *a: subsets.append(s.tolist()) or tune(t, e, f, s, *a))
     argv = ["--dataset", "stl10", "--image-size", "16", "--init", "random", "--epochs", "1", "--folds"]
     assert compare(*argv) == 0
-    assert subsets == [fold.tolist() for fold in load_folds("data", 20)]
+    folds = load_folds("data", 20)
+    assert subsets == [fold.tolist() for fold in folds]
     assert [(r["seed"], r["labels"]) for r in results()["records"]] == [(fold, "fold") for fold in range(10)]
-    assert "over folds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
+    out = capsys.readouterr().out.partition("This is the half")[0]
+    assert "over folds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in out and max(map(len, out.splitlines())) <= 80
+    subsets.clear()
+    assert compare(*argv, "--seeds", "4", "--overwrite") == 0 and subsets == [folds[4].tolist()]
+    assert compare(*argv, "--seeds", "10") == 2 and "those from 0 to 9" in capsys.readouterr().err
+    shared = task()._replace(folds=folds)
+    assert train_classifier.subset_of(shared, Cell(12, BASELINE, "fold", 1)).tolist() == folds[2].tolist(), "for its rate"
 
 
 def test_subsets_are_balanced_nested_and_the_seeds_own():
@@ -189,6 +197,20 @@ def test_budgets_that_no_class_can_pay_are_named(pretrained, capsys):
     assert "LABELS_PER_CLASS 11: class" in capsys.readouterr().err
     assert compare("--labels-per-class", "11,all", "--seeds", "0") == 0
     assert "has only 10 training images; left out" in capsys.readouterr().out
+
+
+def test_results_from_other_first_weights_are_not_mixed(images, capsys):
+    argv = ["--dataset", "images", "--image-size", "16", "--init", "first.pt", "--seeds", "0", "--no-controls"]
+    for seed, status in ((0, 0), (1, 1)):
+        torch.save(small_encoder("", "random", seed)[0].state_dict(), "first.pt")
+        assert compare(*argv) == status
+    assert "measured with another INIT" in capsys.readouterr().err
+
+
+def test_neighbours_of_few_images_and_of_the_classes_that_are_there(tmp_path, generator):
+    test = Split(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 2]), ["a", "b", "c"])
+    plots.plot_neighbors(tmp_path / "x.png", test, [("an arm", torch.eye(3))], generator, "run")
+    assert (tmp_path / "x.png").stat().st_size > 0
 
 
 def test_right_answers_survive_the_file():
@@ -350,14 +372,25 @@ def test_other_lengths_are_kept_beside_and_drawn_against_the_steps(pretrained, m
     assert (pretrained / "classifier.pt").read_bytes() == classifier
 
 
-@pytest.mark.parametrize("change, name", [("encoder", "runs/tiny/encoder.pt"), ("test", "test/ of DATASET")])
+def test_the_classifier_that_is_kept_is_byols_though_the_baseline_was_trained_longer(images):
+    half = ["--dataset", "images", "--image-size", "16", "--init", "random", "--seeds", "0"]
+    assert compare(*half, "--epochs", "4") == 0
+    of_baseline = Path("runs/tiny/classifier.pt").read_bytes()
+    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", "tiny"]) == 0
+    assert compare("--seeds", "0") == 0 and Path("runs/tiny/classifier.pt").read_bytes() != of_baseline
+
+
+@pytest.mark.parametrize("change, name", [("encoder", "runs/tiny/encoder.pt"), ("test", "test/ of DATASET"),
+                                          ("image", "train/ of DATASET")])
 def test_results_of_another_encoder_or_of_other_images_are_not_mixed(pretrained, capsys, change, name):
     assert compare("--seeds", "0") == 0
     if change == "encoder":
         weights = torch.load(pretrained / "encoder.pt", weights_only=True)
         torch.save({key: value + 1 for key, value in weights.items()}, pretrained / "encoder.pt")
-    else:
+    elif change == "test":
         (Path("images/test/b/9.png")).rename("images/test/a/new.png")
+    else:
+        Image.new("RGB", (20, 20), "red").save("images/train/a/0.png")
     assert compare("--seeds", "0,1") == 1
     assert f"results.json was measured with another {name}: use --overwrite" in capsys.readouterr().err
     assert compare("--seeds", "0", "--overwrite") == 0

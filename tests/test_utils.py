@@ -78,6 +78,18 @@ def test_wrong_flags_are_named(argv, message):
         constants(*argv)
 
 
+@pytest.mark.parametrize("default, text, value", [((10, "all"), "10,all", (10, "all")), (("all", 10), "10", (10,)),
+                                                  (("all",), "all", ("all",)), ((0.5,), "1,2", (1.0, 2.0))])
+def test_several_values_are_of_their_defaults_type_whatever_stands_first(default, text, value):
+    assert utils.parser_of(default)(text) == value
+
+
+def test_a_single_value_may_stand_where_there_are_several():
+    c = SimpleNamespace(SEEDS=3, RATES=(1, 2))
+    utils.make_tuples(c, "SEEDS", "RATES")
+    assert (c.SEEDS, c.RATES) == ((3,), (1, 2))
+
+
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
 def test_values_out_of_range_are_named(value):
     with pytest.raises(UsageError, match="RATE is .*--rate"):
@@ -422,6 +434,11 @@ def test_knn_is_as_right_as_theory_says(generator):
 
 def test_knn_with_a_bank_smaller_than_k():
     assert knn_predict(torch.eye(2), torch.tensor([0, 1]), torch.tensor([[0.1, 1.0]]), classes=2).tolist() == [1]
+
+
+def test_a_probe_of_a_single_image_has_finite_weights():
+    head = utils.fit_logistic(torch.tensor([[1.0, 5.0]]), torch.tensor([1]), 2, penalty=0.1)
+    assert head.weight.isfinite().all() and head(torch.tensor([[1.0, 5.0]])).argmax().item() == 1
 
 
 # ---------------------------------------------------------------------------------------------------- whole files
