@@ -124,10 +124,10 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
         + (f", from step {run.step} of {run.total_steps}" if run.step else ""))
     network, draw = prepare(model, device, run.total_steps - run.step)
     watch = partial(monitor, train=train, seed=c.SEED, device=device, precision=precision) if train else None
+    c.began_anew = c.overwrite
     if rank == 0:
         if c.overwrite:  # only now, when everything that could be wrong has been looked at
             clear_run(folder)
-            c.began_anew = True
         where = environment(device, precision)
         write_json(folder / "config.json", {"constants": constants_of(c), "environment": where})
         sample = images[:12].to(device)
