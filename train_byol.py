@@ -27,8 +27,8 @@ from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
                    check_training, choose_threads, constants_of, environment, extract_features, fit_logistic, flag,
                    gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict, rank_0_first, run_script, say,
-                   seeded_generator, seeded_init, select_device, select_precision, start_processes, steps_of, take_step,
-                   verdict_of)
+                   seeded_generator, seeded_init, select_device, select_precision, start_processes, take_step,
+                   verdict_of, warmup_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
@@ -158,7 +158,7 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
     network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: of an
     encoder, which held-out images kNN and a linear probe get right.
     """
-    right, (_, warmup_steps) = None, steps_of(c, run.steps_per_epoch)
+    right, warmup_steps = None, warmup_of(c, run.steps_per_epoch)
     indices = batch_indices(c.SEED, "order", len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
     for batch in batches(images, indices, run.device):
         generator = seeded_generator(c.SEED, "views", run.step, run.rank)

@@ -38,7 +38,7 @@ from runs import only_writer, read_json, run_folder, same_constants, save_torch,
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
                    choose_threads, constants_of, environment, extract_features, fit_logistic, flag, gain_of,
                    knn_predict, make_tuples, network_input, percent, plain_state_dict, progress, run_script,
-                   seeded_generator, seeded_init, select_device, select_precision, steps_of, take_step, verdict_of)
+                   seeded_generator, seeded_init, select_device, select_precision, take_step, verdict_of, warmup_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
@@ -367,18 +367,19 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
         encoder.fc = nn.Linear(feature_dim, len(train.classes))
     network = encoder.to(device, memory_format=torch.channels_last).train()
     size, batch_size = train.pixels.shape[-1], min(c.BATCH_SIZE, len(subset))
-    total_steps, warmup_steps = steps_of(c, len(train.labels) // c.BATCH_SIZE)
+    steps_per_epoch = len(train.labels) // c.BATCH_SIZE  # the remainder is dropped
+    total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, warmup_of(c, steps_per_epoch)
     peak = rate * batch_size / 256
     optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
-    indices = batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)
-    with progress(indices, total=total_steps, desc=title, unit="step") as bar:
+    order = batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)
+    with progress((subset[index] for index in order), total=total_steps, desc=title, unit="step") as bar:
         for step, index in enumerate(bar):
-            images = fetch(train.pixels, subset[index], device)
+            images = fetch(train.pixels, index, device)
             draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
             x = crop_resize(images, *crop_of(send(draws, device), size, size, c.CROP_AREA), size)
             with autocast(device, task.precision):
                 scores = network(normalize(x).contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(scores.float(), send(train.labels[subset[index]], device))
+            loss = F.cross_entropy(scores.float(), send(train.labels[index], device))
             take_step(optimizer, loss, learning_rate(step, total_steps, warmup_steps, peak))
             if task.signals:
                 raise Stopped("stopped: the results so far are kept, and the same command continues from there",

@@ -453,10 +453,9 @@ def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: floa
     return torch.optim.AdamW(groups, rate, fused=True)
 
 
-def steps_of(c: SimpleNamespace, steps_per_epoch: int) -> tuple[int, int]:
-    """All steps of EPOCHS, and those of the warm-up, which is at most half of them."""
-    total_steps = c.EPOCHS * steps_per_epoch
-    return total_steps, min(round(c.WARMUP_EPOCHS * steps_per_epoch), total_steps // 2)
+def warmup_of(c: SimpleNamespace, steps_per_epoch: int) -> int:
+    """Steps of the warm-up, at most half of all."""
+    return min(round(c.WARMUP_EPOCHS * steps_per_epoch), c.EPOCHS * steps_per_epoch // 2)
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:

@@ -392,6 +392,8 @@ def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monk
 
 
 def test_every_image_of_an_epoch_is_taken_once():
+    first, second = (torch.cat(list(batch_indices(0, "order", 50, 10, 5 * epoch, 5 * epoch + 5))) for epoch in (0, 1))
+    assert sorted(first.tolist()) == list(range(50)) and not torch.equal(first, second)
     steps = list(batch_indices(0, "order", 50, 7, 0, 14))
     first, second = torch.cat(steps[:7]), torch.cat(steps[7:])
     assert len(set(first.tolist())) == 49 == len(first) and not torch.equal(first, second), "the remainder is dropped"
