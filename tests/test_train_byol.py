@@ -423,8 +423,8 @@ def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
 BESIDE_A_GPU = "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"
 
 
-def torchrun(folder, code, *argv):
-    """Run pretraining with the small encoder in two processes on the CPU, after `code`."""
+def torchrun(folder, code, *argv, gpu=BESIDE_A_GPU):
+    """Run pretraining with the small encoder in two processes, after `code`, on the CPU of a machine that shows a GPU."""
     script = folder / "script.py"
     script.write_text(f"""
 import hashlib, os, signal, sys
@@ -433,6 +433,7 @@ import torch, torch.distributed as dist, data, train_byol
 from conftest import small_encoder
 train_byol.build_encoder = small_encoder
 step, fetch, taken = train_byol.train_step, data.fetch, []
+{gpu}
 {code}
 sys.exit(train_byol.main(sys.argv[1:]))
 """)
@@ -443,11 +444,12 @@ sys.exit(train_byol.main(sys.argv[1:]))
                           cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path):
+@pytest.mark.parametrize("gpu", ["", BESIDE_A_GPU], ids=["as it is", "beside a GPU"])
+def test_two_processes_end_with_equal_weights_and_one_folder(tmp_path, gpu):
     """torchrun on CPU: the ranks share each batch of the epoch's permutation and stay equal bit for bit. A GPU that is
     there and not asked for changes nothing."""
     write_folder(tmp_path / "images", per_class=5, unlabeled=20)
-    done = torchrun(tmp_path, BESIDE_A_GPU + """
+    done = torchrun(tmp_path, """
 def recorded(pixels, index, device):
     taken.extend(index.tolist())
     return fetch(pixels, index, device)
@@ -459,7 +461,7 @@ def hashed(network, model, *rest):
     open(f"rank{dist.get_rank()}", "w").write(f"{digest} {taken}")
     return loss
 train_byol.train_step, data.fetch = hashed, recorded
-""", "--run", "two")
+""", "--run", "two", gpu=gpu)
     assert done.returncode == 0, done.stderr
     (hash0, taken0), (hash1, taken1) = ((tmp_path / f"rank{r}").read_text().split(" ", 1) for r in (0, 1))
     assert hash0 == hash1
