@@ -90,11 +90,19 @@ def embedding_spread(z: Tensor) -> Tensor:
     return F.normalize(z.detach().float(), dim=-1).std(dim=0).mean()
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+def parameter_groups(module: nn.Module, weight_decay: float, predictor_rate: float = 1) -> list[dict]:
+    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not.
+
+    predictor_rate: how many times as fast as all else BYOL's predictor learns, as each group's `scale`. A predictor that
+    is ahead keeps the features from falling into few directions (paper, section 5 and appendix I: a near-optimal one).
+    """
+    groups = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            scale = predictor_rate if name.startswith("predictor.") else 1
+            groups.setdefault((p.ndim > 1, scale), []).append(p)
+    return [{"params": parameters, "weight_decay": weight_decay * decays, "scale": scale}
+            for (decays, scale), parameters in groups.items()]
 
 
 # --------------------------------------------------------------------------------------------------- schedules

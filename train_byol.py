@@ -46,9 +46,10 @@ PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
 EPOCHS = 10  # passes over the unlabeled images
 BATCH_SIZE = 256  # images a step, over all GPUs together
-OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.2
-WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 5e-4
+OPTIMIZER = "auto"  # sgd (momentum 0.9) or adamw; auto: sgd, if INIT is random adamw
+LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 1e-3
+PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns; auto: 1, if INIT is random 10
+WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 1e-2
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
 BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1; auto: 1, if INIT is random 0.99
 SEED = 0  # of the weights, the order of the images and the views
@@ -60,13 +61,15 @@ LOG_EVERY = 20  # steps between rows of metrics.csv; between them no step waits 
 CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
 DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3,
-                   WEIGHT_DECAY=1e-4, WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
+                   PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4, WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512,
+                   PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
-    "LEARNING_RATE": (0.2, 0.1), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.99, 1.0)}
+    "OPTIMIZER": ("adamw", "sgd"), "LEARNING_RATE": (1e-3, 0.1), "PREDICTOR_RATE": (10.0, 1.0),
+    "WEIGHT_DECAY": (1e-2, 0.0), "BASE_DECAY": (0.99, 1.0)}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%"}  # in a line
-CHECKPOINT_VERSION = 2  # raised where a run that an earlier version began cannot be continued bit for bit
+CHECKPOINT_VERSION = 3  # raised where a run that an earlier version began cannot be continued bit for bit
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 PROBE_PENALTY = 0.1  # of the monitor's linear probe; the best of six for random and for good weights, 4,000 images
 MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
@@ -108,7 +111,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
 
     with rank_0_first():
         model = build_model(c).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY)
+    optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY, c.PREDICTOR_RATE)
     facts = {"images": len(images), "version": CHECKPOINT_VERSION, "precision": name_of(precision),
              "threads": torch.get_num_threads(), "world_size": world,
              "right_before": state["right_before"] if state else None}
@@ -261,7 +264,13 @@ def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
 
 
 def resolve_auto(c: SimpleNamespace) -> None:
-    """Give the constants of AUTO their value for INIT where they are "auto", and their type where they are not."""
+    """Give the constants of AUTO their value for INIT where they are "auto", and their type where they are not.
+
+    Raises UsageError for a value of another type, and for a rate that is left to the optimizer that was not taken.
+    """
+    if c.LEARNING_RATE == "auto" and c.OPTIMIZER == AUTO["OPTIMIZER"][c.INIT == "random"]:
+        raise UsageError(f"OPTIMIZER is {c.OPTIMIZER}, but LEARNING_RATE auto is the rate of another one: give both "
+                         "(--learning-rate)")
     for name, of_init in AUTO.items():
         value = getattr(c, name)
         try:
@@ -272,8 +281,9 @@ def resolve_auto(c: SimpleNamespace) -> None:
 
 def check_constants(c: SimpleNamespace) -> None:
     make_tuples(c, "BLUR_P")
-    check_training(c, JITTER=(0, 2), BLUR_P=(0, 1), HIDDEN_DIM=(1, math.inf), PROJECTION_DIM=(2, math.inf),
-                   BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf), CHECKPOINT_MINUTES=(0, math.inf))
+    check_training(c, PREDICTOR_RATE=(0, math.inf), JITTER=(0, 2), BLUR_P=(0, 1), HIDDEN_DIM=(1, math.inf),
+                   PROJECTION_DIM=(2, math.inf), BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf),
+                   CHECKPOINT_MINUTES=(0, math.inf))
     if len(c.BLUR_P) != 2:
         raise UsageError(f"BLUR_P is {','.join(map(str, c.BLUR_P))}: it must be two probabilities ({flag('BLUR_P')})")
     check_choice("BATCHNORM", c.BATCHNORM, ["batch", "frozen"])

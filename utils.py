@@ -445,9 +445,10 @@ def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
 
 
-def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW; without decay on BatchNorm and biases."""
-    groups = parameter_groups(model, weight_decay)
+def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float,
+                    predictor_rate: float = 1) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW; groups as `parameter_groups` makes them."""
+    groups = parameter_groups(model, weight_decay, predictor_rate)
     if name == "sgd":
         return torch.optim.SGD(groups, rate, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, rate, fused=True)
@@ -459,9 +460,9 @@ def warmup_of(c: SimpleNamespace, steps_per_epoch: int) -> int:
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """Move the optimizer's parameters down the gradient of `loss`, at this rate."""
+    """Move the optimizer's parameters down the gradient of `loss`, at this rate times the `scale` of their group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -215,13 +215,17 @@ def test_parameter_groups_hold_each_trainable_parameter_once():
     encoder.fc = nn.Identity()
     model = BYOL(encoder, 512, 32, 16)
     decayed, plain = byol.parameter_groups(model, weight_decay=0.1)
-    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0 and decayed["scale"] == plain["scale"] == 1
     grouped = [id(p) for group in (decayed, plain) for p in group["params"]]
     trainable = [id(p) for m in (model.online_encoder, model.online_projector, model.predictor) for p in m.parameters()]
     assert sorted(grouped) == sorted(trainable)
     undecayed = {id(p) for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for p in m.parameters()}
     undecayed |= {id(m.bias) for m in model.modules() if getattr(m, "bias", None) is not None}
     assert {id(p) for p in plain["params"]} == undecayed & set(trainable)
+    groups = byol.parameter_groups(model, weight_decay=0.1, predictor_rate=10)
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(trainable)
+    assert {id(p) for group in groups if group["scale"] == 10 for p in group["params"]} == set(map(id, model.predictor.parameters()))
+    assert {id(p) for group in groups if not group["weight_decay"] for p in group["params"]} == undecayed & set(trainable)
 
 
 def test_spread_is_healthy_on_the_sphere_and_0_when_collapsed(generator):

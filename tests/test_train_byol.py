@@ -24,7 +24,8 @@ from utils import build_optimizer, extract_features, read_constants, seeded_gene
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
-        "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32"]
+        "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32",
+        "--optimizer", "sgd", "--learning-rate", "0.2", "--predictor-rate", "1"]
 
 
 @pytest.fixture
@@ -153,6 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
     (["--batch-size", "21"], 2, "BATCH_SIZE is 21, but there are only 20 images"), (["--batch-size", "1"], 2, "BATCH_SIZE is 1"),
     (["--epochs", "0"], 2, "EPOCHS is 0"), (["--image-size", "8"], 2, "IMAGE_SIZE is 8"),
     (["--learning-rate", "nan"], 2, "LEARNING_RATE is nan"), (["--optimizer", "adam"], 2, "did you mean 'adamw'"),
+    (["--learning-rate", "auto"], 2, "LEARNING_RATE auto is the rate of another"), (["--predictor-rate", "-1"], 2, "PREDICTOR_RATE is -1"),
     (["--run", "../x"], 2, "RUN '../x'"), (["--dataset", "nowhere"], 1, "DATASET 'nowhere'"),
     (["--device", f"cuda:{torch.cuda.device_count()}"], 1, "DEVICE 'cuda:")])
 def test_mistakes_end_in_one_line(tiny, capsys, argv, status, message):
@@ -208,6 +210,23 @@ def test_a_training_step_moves_the_online_network_and_then_the_target():
             torch.testing.assert_close(new, 0.75 * q + 0.25 * p)
     for p, q in zip(model.predictor.parameters(), before.predictor.parameters()):
         torch.testing.assert_close(p, q - 0.05 * p.grad)  # the rate of the call, not the optimizer's
+
+
+def test_the_predictor_learns_faster_by_its_own_factor():
+    model = BYOL(small_encoder("", "random", 0)[0], 64, 16, 8)
+    optimizer = build_optimizer(model, "sgd", 0.1, 0, predictor_rate=4)
+    before = copy.deepcopy(model)
+    train_byol.train_step(model, model, optimizer, tuple(torch.randn(2, 8, 3, 16, 16).unbind(0)), 0.05, 1.0, torch.float32)
+    for name, p in model.named_parameters():
+        if not name.startswith("target"):
+            rate = 0.2 if name.startswith("predictor") else 0.05
+            torch.testing.assert_close(p, before.get_parameter(name) - rate * p.grad)
+
+
+def test_the_predictor_rate_reaches_the_optimizer(tiny, monkeypatch):
+    scales = []
+    monkeypatch.setattr(train_byol, "take_step", lambda optimizer, *_: scales.extend(g["scale"] for g in optimizer.param_groups))
+    assert tiny("--predictor-rate", "3") == 0 and set(scales) == {1, 3.0}
 
 
 def test_the_views_constants_reach_the_views(tiny, monkeypatch):
