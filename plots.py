@@ -39,6 +39,7 @@ def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace)
     column = {name: np.array(numbers) for name, numbers in columns.items()}
     epoch = column["epoch"]
     panels = [("loss (0 to 8)", {"loss": ""}), ("spread of the embeddings", {"spread": ""}),
+              ("effective rank of the features", {"rank": ""}),
               ("held-out accuracy (%)", {"probe": "linear probe", "knn": "kNN"})]
     panels = [panel for panel in panels if not all(np.isnan(column[name]).all() for name in panel[1])]
     figure = Figure(figsize=(3.2 * len(panels), 2.9), layout="constrained")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from byol import BYOL, learning_rate, render_views, target_decay, two_views
+from byol import BYOL, effective_rank, learning_rate, render_views, target_decay, two_views
 from data import Split, batch_indices, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
@@ -63,12 +63,14 @@ CHECKPOINT_MINUTES = 5.0  # between checkpoints
 DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3,
                    PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4, WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512,
                    PROJECTION_DIM=128)
-COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "images_per_second"]
+COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank",
+           "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
     "OPTIMIZER": ("adamw", "sgd"), "LEARNING_RATE": (1e-3, 0.1), "PREDICTOR_RATE": (10.0, 1.0),
     "WEIGHT_DECAY": (1e-2, 0.0), "BASE_DECAY": (0.99, 1.0)}
-SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%"}  # in a line
+SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%",
+         "rank": "rank {:.0f}"}  # in a line
 CHECKPOINT_VERSION = 3  # raised where a run that an earlier version began cannot be continued bit for bit
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 PROBE_PENALTY = 0.1  # of the monitor's linear probe; the best of six for random and for good weights, 4,000 images
@@ -139,7 +141,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     with run.recording():
         if run.step == 0 and watch and rank == 0:  # what BYOL has to rise above
             run.facts["right_before"] = watch(model.online_encoder)
-            scores = percents(run.facts["right_before"])
+            scores = scores_of(run.facts["right_before"])
             run.note(step=0, epoch=0, **scores)
             say("  ".join(SHOWN[name].format(score) for name, score in scores.items()) + "  before the first step")
         right = train_epochs(c, run, images, model, network, optimizer, precision, draw, watch)
@@ -158,8 +160,8 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
                  watch: Callable | None) -> dict[str, Tensor] | None:
     """BYOL, from the step where the run stands to its last, or until it is asked to stop; what `watch` saw last.
 
-    network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: of an
-    encoder, which held-out images kNN and a linear probe get right.
+    network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: `monitor`
+    of an encoder.
     """
     right, warmup_steps = None, warmup_of(c, run.steps_per_epoch)
     indices = batch_indices(c.SEED, "order", len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
@@ -174,7 +176,7 @@ def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, netw
             scores = {}
             if run.epoch_ends and watch:
                 run.check_health()  # features of sick weights are no numbers
-                scores = percents(right := watch(model.online_encoder))
+                scores = scores_of(right := watch(model.online_encoder))
             run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), **scores)
             if spread < 0.1 * c.PROJECTION_DIM ** -0.5:
                 run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} "
@@ -236,20 +238,20 @@ def load_images(c: SimpleNamespace, device: torch.device) -> tuple[Tensor, Split
 
 def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device,
             precision: torch.dtype) -> dict[str, Tensor]:
-    """Which of 20% of the labelled training images kNN and a linear probe get right from the other 80%: bool [M] each.
-
-    No test image is seen. From random weights both fall for some epochs before they rise.
+    """Which of 20% of the labelled training images kNN and a linear probe get right from the other 80%: bool [M] each;
+    and the effective `rank` of all their features. No test image is seen.
     """
     order = torch.randperm(len(train.labels), generator=seeded_generator(seed, "monitor"))
     features = extract_features(encoder, train.pixels, device, precision).cpu()[order]
     (bank, queries), (labels, truth) = (x.tensor_split([int(0.8 * len(x))]) for x in (features, train.labels[order]))
     probe = fit_logistic(bank, labels, len(train.classes), PROBE_PENALTY)
     return {"knn": knn_predict(bank, labels, queries, len(train.classes)) == truth,
-            "probe": probe(queries).argmax(dim=1) == truth}
+            "probe": probe(queries).argmax(dim=1) == truth, "rank": effective_rank(features)}
 
 
-def percents(right: dict[str, Tensor]) -> dict[str, float]:
-    return {name: percent(answers) for name, answers in right.items()}
+def scores_of(watched: dict[str, Tensor]) -> dict[str, float]:
+    """What `monitor` saw, in numbers: right answers in percent."""
+    return {name: percent(x) if x.dtype == torch.bool else round(x.item(), 1) for name, x in watched.items()}
 
 
 def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
@@ -258,8 +260,8 @@ def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
     line = f"{protocol} went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {half:.1f} (95%): "
     return line + {"cannot tell": f"{len(after):,} held-out images cannot tell whether pretraining changed it",
                    "gained": "pretraining gained",
-                   "LOST": "pretraining LOST; " + ("train for more EPOCHS: kNN falls at first" if init == "random" else
-                                                   "lower LEARNING_RATE or raise CROP_AREA"),
+                   "LOST": "pretraining LOST; " + ("train for more EPOCHS or lower LEARNING_RATE" if init == "random"
+                                                   else "lower LEARNING_RATE or raise CROP_AREA"),
                    }[verdict_of(gain, half)]
 
 

@@ -228,6 +228,15 @@ def test_parameter_groups_hold_each_trainable_parameter_once():
     assert {id(p) for group in groups if not group["weight_decay"] for p in group["params"]} == undecayed & set(trainable)
 
 
+def test_effective_rank_counts_the_directions_in_which_features_vary(generator):
+    axes = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    signs = torch.cat([torch.eye(16), -torch.eye(16)])
+    for directions in (1, 3, 16):
+        features = 5 + signs[:, :directions] @ axes[:directions]
+        assert byol.effective_rank(features).item() == pytest.approx(directions, rel=1e-3)
+    assert byol.effective_rank(torch.ones(8, 16)).item() == 1, "nothing varies"
+
+
 def test_spread_is_healthy_on_the_sphere_and_0_when_collapsed(generator):
     z = torch.randn(4000, 64, generator=generator)
     assert byol.embedding_spread(z).item() == pytest.approx(1 / 8, rel=0.02)

@@ -65,7 +65,7 @@ def test_a_run_fills_its_folder(tiny, capsys):
     table = rows("tiny")
     assert [row["step"] for row in table] == ["0", "2", "4"], "20 images make two batches of 8; the remainder is dropped"
     start = table.pop(0)
-    assert start["loss"] == "" and all(0 <= float(start[name]) <= 100 for name in ("knn", "probe")), "to rise above"
+    assert start["loss"] == "" and all(0 <= float(start[name]) <= 100 for name in ("knn", "probe", "rank")), "to rise above"
     assert all(0 <= float(row["loss"]) <= 8 and float(row["spread"]) > 0 for row in table)
     assert [float(row["epoch"]) for row in table] == [1, 2] and all(row["knn"] and row["probe"] for row in table)
     out = capsys.readouterr().out
@@ -437,6 +437,7 @@ def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
     assert torch.equal(x, bank) and torch.equal(y, labels) and (len(bank), len(queries)) == (160, 40)
     assert not any(torch.equal(query, known) for query in queries for known in bank), "none is in both"
     assert right["probe"].shape == right["knn"].shape == (40,) and right["probe"].all(), "features meet their labels"
+    assert right["rank"] == byol.effective_rank(features[torch.cat([x, queries])[:, -1].long()])
 
 
 BESIDE_A_GPU = "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"

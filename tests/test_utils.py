@@ -498,10 +498,10 @@ def test_the_curves_of_a_long_run_have_no_more_points_than_can_be_seen(tmp_path,
     monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: lines.append((x, y)) or plot(axis, x, y, **style))
     n = 30_000
     columns = {"epoch": [i / 10 for i in range(n)], "loss": [math.nan] + [float(i) for i in range(1, n)],
-               "spread": [0.1] * n, "knn": (knn := [math.nan if i % 10_000 else 50.0 for i in range(n)]), "probe": knn}
+               "spread": [0.1] * n, "knn": (knn := [math.nan if i % 10_000 else 50.0 for i in range(n)]), "probe": knn, "rank": knn}
     c = constants()
     plot_curves(tmp_path / "curves.png", columns, c)
-    assert [len(x) for x, _ in lines] == [2000, 1875, 3, 3] and (tmp_path / "curves.png").stat().st_size > 0
+    assert [len(x) for x, _ in lines] == [2000, 1875, 3, 3, 3] and (tmp_path / "curves.png").stat().st_size > 0
     assert all(y == pytest.approx(10 * x) for x, y in zip(*lines[0]))
 
 
