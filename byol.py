@@ -91,10 +91,11 @@ def embedding_spread(z: Tensor) -> Tensor:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """In how many directions features [N,D] vary, 1 to D: exp of the entropy of their principal axes' shares of variance.
+    """In how many directions features [N,D] vary, 1 to min(N - 1, D), whatever their scale.
 
-    After Roy & Vetterli 2007. It falls where BYOL is about to learn nothing; the spread of the projections need not show
-    it, for the projector's BatchNorm widens whatever directions are left.
+    Exp of the entropy of the principal axes' shares of variance: Roy & Vetterli 2007, who take shares of the singular
+    values. A collapse into few directions shows here and need not show in the spread of the projections, for the
+    projector's BatchNorm widens whatever is left; a collapse to one point shows there.
     """
     variance = torch.linalg.svdvals(features - features.mean(dim=0)).square()
     return torch.special.entr(variance / variance.sum().clamp(min=1e-30)).sum().exp()
@@ -103,8 +104,8 @@ def effective_rank(features: Tensor) -> Tensor:
 def parameter_groups(module: nn.Module, weight_decay: float, predictor_rate: float = 1) -> list[dict]:
     """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not.
 
-    predictor_rate: how many times as fast as all else BYOL's predictor learns, as each group's `scale`. A predictor that
-    is ahead keeps the features from falling into few directions (the paper, too, wants it near-optimal).
+    predictor_rate: how many times as fast as all else BYOL's predictor learns, as each group's `scale`. A predictor
+    that is ahead keeps the features from falling into few directions (the paper, too, wants it near-optimal).
     """
     groups = {}
     for name, p in module.named_parameters():

@@ -35,7 +35,7 @@ def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None
 
 
 def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace) -> None:
-    """Loss, spread of the embeddings and held-out accuracy against epochs, from the columns of metrics.csv."""
+    """Loss, spread of the embeddings, rank and accuracy of the features against epochs, from the columns of metrics.csv."""
     column = {name: np.array(numbers) for name, numbers in columns.items()}
     epoch = column["epoch"]
     panels = [("loss (0 to 8)", {"loss": ""}), ("spread of the embeddings", {"spread": ""}),
@@ -51,6 +51,8 @@ def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace)
                       label=label)
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.spines[["top", "right"]].set_visible(False)
+        if "rank" in lines:
+            axis.set_ylim(0)
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=8)
         if "spread" in lines:

@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn
+from typing import Any, BinaryIO, Callable, Iterator, NoReturn
 
 try:
     import fcntl
@@ -111,19 +111,23 @@ def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
     changed = {name: f"{name} {value} -> {now.get(name)}" for name, value in before.items()  # earlier versions: fewer
                if value != now.get(name) and name not in free}
     if changed:
+        why = " (the schedules span all EPOCHS: a longer run is another run)" * ("EPOCHS" in changed)
         raise UserError(f"{path} has other constants: {', '.join(changed.values())}; set them back, choose another "
-                        "RUN, or use --overwrite to start anew" + " (the schedules span all EPOCHS: a longer run is another run)" * ("EPOCHS" in changed))
+                        f"RUN, or use --overwrite to start anew{why}")
 
 
-def last_state(folder: Path, constants: dict, free: set[str], resolved: Iterable[str] = ()) -> dict | None:
-    """The latest checkpoint, or None. Raises UserError where a run of other constants is there.
+def last_state(folder: Path, constants: dict, free: set[str], version: int) -> dict | None:
+    """The latest checkpoint, or None. Raises UserError where a run of other constants or of another version is there.
 
-    resolved: constants for which an earlier version recorded "auto", and this one what it stands for.
+    A finished run of another version is returned whatever its constants: they may have had other meanings.
     """
     state, config = read_checkpoint(folder), folder / "config.json"
-    if state:
-        unresolved = {name for name in resolved if state["constants"].get(name) == "auto"}
-        same_constants(state["constants"], constants, folder / "checkpoint.pt", free | unresolved)
+    if state and state.get("version") != version:
+        if state["step"] < state["total_steps"]:
+            raise UserError(f"{folder / 'checkpoint.pt'} is of another version of this code, and cannot be continued "
+                            "by this one: finish it with that version, or use --overwrite to start anew")
+    elif state:
+        same_constants(state["constants"], constants, folder / "checkpoint.pt", free)
     elif config.exists():
         same_constants(read_json(config, "constants")["constants"], constants, config, free)
     return state

@@ -63,8 +63,7 @@ CHECKPOINT_MINUTES = 5.0  # between checkpoints
 DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3,
                    PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4, WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512,
                    PROJECTION_DIM=128)
-COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank",
-           "images_per_second"]
+COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
     "OPTIMIZER": ("adamw", "sgd"), "LEARNING_RATE": (1e-3, 0.1), "PREDICTOR_RATE": (10.0, 1.0),
@@ -93,13 +92,10 @@ def run(c: SimpleNamespace) -> None:
 
 def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, world: int) -> None:
     """Train from the last checkpoint where there is one, and fill the run's folder."""
-    state = None if c.overwrite else last_state(folder, constants_of(c), FREE, AUTO)
+    state = None if c.overwrite else last_state(folder, constants_of(c), FREE, CHECKPOINT_VERSION)
     if state and state["step"] == state["total_steps"]:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
-    if state and state.get("version") != CHECKPOINT_VERSION:
-        raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, which trained otherwise: "
-                        "finish it with that version, or use --overwrite to start anew")
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
     precision = getattr(torch, state["precision"]) if state else select_precision(c.PRECISION, device)
     threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
@@ -268,11 +264,11 @@ def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
 def resolve_auto(c: SimpleNamespace) -> None:
     """Give the constants of AUTO their value for INIT where they are "auto", and their type where they are not.
 
-    Raises UsageError for a value of another type, and for a rate that is left to the optimizer that was not taken.
+    Raises UsageError for a value of another type, and for a value that is left to an optimizer that was not taken.
     """
-    if c.LEARNING_RATE == "auto" and c.OPTIMIZER == AUTO["OPTIMIZER"][c.INIT == "random"]:
-        raise UsageError(f"OPTIMIZER is {c.OPTIMIZER}, but LEARNING_RATE auto is the rate of another one: give both "
-                         "(--learning-rate)")
+    left = [name for name in ("LEARNING_RATE", "PREDICTOR_RATE", "WEIGHT_DECAY") if getattr(c, name) == "auto"]
+    if left and c.OPTIMIZER == AUTO["OPTIMIZER"][c.INIT == "random"]:
+        raise UsageError(f"OPTIMIZER is {c.OPTIMIZER}, but auto is for the other one: give {' and '.join(left)}, too")
     for name, of_init in AUTO.items():
         value = getattr(c, name)
         try:

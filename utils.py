@@ -428,6 +428,8 @@ def read_weights(path: Path) -> dict:
     if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor)
                                                  for key, value in weights.items()):
         raise UserError(f"{path} is no state dict of a network (a checkpoint? its encoder is in encoder.pt)")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{path} holds weights that are no finite numbers")
     return weights
 
 

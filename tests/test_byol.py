@@ -234,6 +234,8 @@ def test_effective_rank_counts_the_directions_in_which_features_vary(generator):
     for directions in (1, 3, 16):
         features = 5 + signs[:, :directions] @ axes[:directions]
         assert byol.effective_rank(features).item() == pytest.approx(directions, rel=1e-3)
+    uneven = signs[[0, 1, 16, 17]] * torch.tensor([2.0] + 15 * [1.0])  # variances 4 and 1
+    assert byol.effective_rank(uneven).item() == pytest.approx(0.8 ** -0.8 * 0.2 ** -0.2)
     assert byol.effective_rank(torch.ones(8, 16)).item() == 1, "nothing varies"
 
 

@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_where_it_stood(stop_after):
         step_through(run, LOSSES)
         run.finish("weights.pt", {})
     assert stopped.value.status == 128 + signal.SIGTERM and not (FOLDER / "weights.pt").exists()
-    again = begin(last_state(FOLDER, constants_of(run.c), set()))
+    again = begin(last_state(FOLDER, constants_of(run.c), set(), None))
     assert again.step == stop_after
     assert torch.equal(again.parts["model"].weight, run.parts["model"].weight)
     with again.recording():

@@ -349,7 +349,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save({"model": {}, "step": 3}, tmp_path / "checkpoint.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "resnet34.pt").read_bytes()[:1000])
     (tmp_path / "empty.pt").write_bytes(b"")
-    for name, message in [("resnet34.pt", "do not fit ENCODER"), ("code.pt", "no weights file"),
+    torch.save({"conv1.weight": torch.full((1,), torch.nan)}, tmp_path / "nan.pt")
+    for name, message in [("resnet34.pt", "do not fit ENCODER"), ("nan.pt", "no finite numbers"), ("code.pt", "no weights file"),
                           ("checkpoint.pt", "no state dict"), ("torn.pt", "no weights file"),
                           ("empty.pt", "no weights file"), ("absent.pt", "nor a file with weights")]:
         with pytest.raises(UserError, match=message) as error:
