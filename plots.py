@@ -35,7 +35,7 @@ def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None
 
 
 def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace) -> None:
-    """Loss, spread of the embeddings, rank and accuracy of the features against epochs, from the columns of metrics.csv."""
+    """Loss, spread of the embeddings, rank and held-out accuracy of the features against epochs, from metrics.csv."""
     column = {name: np.array(numbers) for name, numbers in columns.items()}
     epoch = column["epoch"]
     panels = [("loss (0 to 8)", {"loss": ""}), ("spread of the embeddings", {"spread": ""}),

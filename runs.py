@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Callable, Iterator, NoReturn
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn
 
 try:
     import fcntl
@@ -116,18 +116,20 @@ def same_constants(before: dict, now: dict, path: Path, free: set[str]) -> None:
                         f"RUN, or use --overwrite to start anew{why}")
 
 
-def last_state(folder: Path, constants: dict, free: set[str], version: int) -> dict | None:
-    """The latest checkpoint, or None. Raises UserError where a run of other constants or of another version is there.
+def last_state(folder: Path, constants: dict, free: set[str], version: int | None,
+               resolved: Iterable[str] = ()) -> dict | None:
+    """The latest checkpoint, or None. Raises UserError where a run of other constants is there.
 
-    A finished run of another version is returned whatever its constants: they may have had other meanings.
+    version: of a checkpoint that can be continued; told first, for setting constants back would not help another.
+    resolved: constants for which an earlier version recorded "auto", and this one what it stands for.
     """
     state, config = read_checkpoint(folder), folder / "config.json"
-    if state and state.get("version") != version:
-        if state["step"] < state["total_steps"]:
-            raise UserError(f"{folder / 'checkpoint.pt'} is of another version of this code, and cannot be continued "
-                            "by this one: finish it with that version, or use --overwrite to start anew")
-    elif state:
-        same_constants(state["constants"], constants, folder / "checkpoint.pt", free)
+    if state:
+        if state["step"] < state["total_steps"] and state.get("version") != version:
+            raise UserError(f"{folder / 'checkpoint.pt'} is of an earlier version of this code, and cannot be "
+                            "continued by this one: finish it with that version, or use --overwrite to start anew")
+        unresolved = {name for name in resolved if state["constants"].get(name) == "auto"}
+        same_constants(state["constants"], constants, folder / "checkpoint.pt", free | unresolved)
     elif config.exists():
         same_constants(read_json(config, "constants")["constants"], constants, config, free)
     return state

@@ -92,7 +92,7 @@ def run(c: SimpleNamespace) -> None:
 
 def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, world: int) -> None:
     """Train from the last checkpoint where there is one, and fill the run's folder."""
-    state = None if c.overwrite else last_state(folder, constants_of(c), FREE, CHECKPOINT_VERSION)
+    state = None if c.overwrite else last_state(folder, constants_of(c), FREE, CHECKPOINT_VERSION, AUTO)
     if state and state["step"] == state["total_steps"]:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return

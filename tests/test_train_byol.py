@@ -26,8 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
         "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32",
         "--optimizer", "sgd", "--learning-rate", "0.2", "--predictor-rate", "1", "--weight-decay", "5e-4"]
-DEFAULT_STEPS = [part for name in ("optimizer", "learning-rate", "predictor-rate", "weight-decay")
-                 for part in (f"--{name}", "auto")]
+DEFAULT_STEPS = ["--optimizer", "auto", "--learning-rate", "auto", "--predictor-rate", "auto", "--weight-decay", "auto"]
 
 
 @pytest.fixture
@@ -97,8 +96,9 @@ def test_runs_are_decided_by_the_seed(tiny):
     assert without_timings("a") == without_timings("b")
 
 
-@pytest.mark.parametrize("stop_after, argv", [
-    (1, ["--precision", "bf16"]), (2, []), (2, ["--precision", "bf16", *DEFAULT_STEPS]), (3, DEFAULT_STEPS)])
+@pytest.mark.parametrize("argv", [["--precision", "fp32"], ["--precision", "bf16"], DEFAULT_STEPS],
+                         ids=["fp32", "bf16", "default steps"])
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_after, argv):
     """SIGTERM at any step: a checkpoint, exit 143; the same command then ends where an uninterrupted run does."""
     tiny(*argv, run="whole")
