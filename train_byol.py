@@ -47,11 +47,11 @@ PROJECTION_DIM = 256  # of the vectors that are compared
 EPOCHS = 10  # passes over the unlabeled images
 BATCH_SIZE = 256  # images a step, over all GPUs together
 OPTIMIZER = "auto"  # sgd (momentum 0.9) or adamw; auto: sgd, if INIT is random adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 1e-3
+LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 2.5e-4
 PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns; auto: 1, if INIT is random 10
 WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 1e-2
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
-BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1; auto: 1, if INIT is random 0.99
+BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1; auto: 1, if INIT is random 0.996
 SEED = 0  # of the weights, the order of the images and the views
 # The run
 RUN = "byol"  # name of the run's folder in runs/
@@ -66,8 +66,8 @@ DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, O
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
-    "OPTIMIZER": ("adamw", "sgd"), "LEARNING_RATE": (1e-3, 0.1), "PREDICTOR_RATE": (10.0, 1.0),
-    "WEIGHT_DECAY": (1e-2, 0.0), "BASE_DECAY": (0.99, 1.0)}
+    "OPTIMIZER": ("adamw", "sgd"), "LEARNING_RATE": (2.5e-4, 0.1), "PREDICTOR_RATE": (10.0, 1.0),
+    "WEIGHT_DECAY": (1e-2, 0.0), "BASE_DECAY": (0.996, 1.0)}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%",
          "rank": "rank {:.0f}"}  # in a line
 CHECKPOINT_VERSION = 3  # raised where a run that an earlier version began cannot be continued bit for bit
@@ -193,7 +193,7 @@ def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer
         loss = network(view1, view2)
     take_step(optimizer, loss, rate)
     model.update_target(tau)
-    return loss.detach()
+    return loss.detach().clone()  # where a CUDA graph is replayed, its next loss takes this one's place
 
 
 def build_model(c: SimpleNamespace) -> BYOL:
@@ -204,9 +204,11 @@ def build_model(c: SimpleNamespace) -> BYOL:
 
 def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
     """The network as it is called, and render_views: distributed over the processes, compiled where that pays."""
-    network, compiles = model, can_compile(device) and steps >= MIN_STEPS_TO_COMPILE
-    if compiles:
-        say("compiling for this GPU: the first step takes a minute or two")
+    network, pays = model, can_compile(device) and steps >= MIN_STEPS_TO_COMPILE
+    # Recorded as CUDA graphs, too: a step of 256 images has a thousand kernels, which take longer to launch than to run.
+    compiled = partial(torch.compile, mode="reduce-overhead") if pays else lambda function: function
+    if pays:
+        say("compiling for this GPU: the first steps take a minute or two")
     if dist.is_initialized():
         on_gpu = device.type == "cuda"
         if on_gpu:
@@ -214,9 +216,9 @@ def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, C
         # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU rank 0's are the ones that stay.
         network = nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None,
                                                       broadcast_buffers=False)
-    elif compiles:  # SyncBatchNorm cannot be traced
-        network = torch.compile(model)
-    return network, torch.compile(render_views) if compiles else render_views
+    else:  # SyncBatchNorm cannot be traced
+        network = compiled(model)
+    return network, compiled(render_views)
 
 
 def load_images(c: SimpleNamespace, device: torch.device) -> tuple[Tensor, Split | None]:

@@ -28,9 +28,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, VIEW_DRAWS, render_views, send, two_views  # noqa: E402
+from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, VIEW_DRAWS, send, two_views  # noqa: E402
 from data import batch_indices, cached_pixels, fetch, image_files, place  # noqa: E402
-from train_byol import train_step  # noqa: E402
+from train_byol import prepare, train_step  # noqa: E402
 from utils import (build_encoder, build_optimizer, can_compile, hardware_name, keep_freed_memory,  # noqa: E402
                    seeded_generator, seeded_init, select_device, select_precision)
 
@@ -111,9 +111,8 @@ def main() -> None:
 
     def measure_ours():
         placed, step = place(pixels, device), itertools.count()
-        draw = torch.compile(render_views) if compiled else render_views
         model, optimizer = build(torch.channels_last)
-        network = torch.compile(model) if compiled else model
+        network, draw = prepare(model, device, sys.maxsize)
         order = batch_indices(0, "order", len(pixels), batch_size, 0, sys.maxsize)
 
         def views_of(images):
@@ -123,7 +122,7 @@ def main() -> None:
             train_step(network, model, optimizer, views, 0.01, 0.99, precision)
 
         images = fetch(placed, next(order), device)
-        views = views_of(images)
+        views = tuple(view.clone() for view in views_of(images))  # the next ones take their place
         measure({"floor": lambda: train(views),
                  "whole step": lambda: train(views_of(fetch(placed, next(order), device))),
                  "augmentation": lambda: views_of(images)})
