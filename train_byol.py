@@ -205,7 +205,7 @@ def build_model(c: SimpleNamespace) -> BYOL:
 def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
     """The network as it is called, and render_views: distributed over the processes, compiled where that pays."""
     network, pays = model, can_compile(device) and steps >= MIN_STEPS_TO_COMPILE
-    # Recorded as CUDA graphs, too: a step of 256 images has a thousand kernels, which take longer to launch than to run.
+    # Recorded as CUDA graphs, too: a step has a thousand kernels, which take longer to launch than to run.
     compiled = partial(torch.compile, mode="reduce-overhead") if pays else lambda function: function
     if pays:
         say("compiling for this GPU: the first steps take a minute or two")
