@@ -204,7 +204,7 @@ def build_model(c: SimpleNamespace) -> BYOL:
 
 def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
     """The network as it is called, and render_views: distributed over the processes, compiled where that pays."""
-    network, pays = model, can_compile(device) and steps >= MIN_STEPS_TO_COMPILE
+    pays = can_compile(device) and steps >= MIN_STEPS_TO_COMPILE
     # Recorded as CUDA graphs, too: a step has a thousand kernels, which take longer to launch than to run.
     compiled = partial(torch.compile, mode="reduce-overhead") if pays else lambda function: function
     if pays:
@@ -213,10 +213,11 @@ def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, C
         on_gpu = device.type == "cuda"
         if on_gpu:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
-        # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU rank 0's are the ones that stay.
+        # Not compiled, for SyncBatchNorm cannot be traced. Buffers need no broadcast: it keeps them equal, and on a CPU
+        # rank 0's are the ones that stay.
         network = nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None,
                                                       broadcast_buffers=False)
-    else:  # SyncBatchNorm cannot be traced
+    else:
         network = compiled(model)
     return network, compiled(render_views)
 
