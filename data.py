@@ -161,7 +161,8 @@ def refuse(error: OSError) -> NoReturn:
 
 def image_files(top: Path) -> list[Path]:
     """Image files below `top`, sorted, without what is hidden. Raises UserError for a folder that cannot be read."""
-    found = (Path(folder, name) for folder, _, names in os.walk(top, onerror=refuse) for name in names)
+    walk = os.walk(top, onerror=refuse, followlinks=True)
+    found = (Path(folder, name) for folder, _, names in walk for name in names)
     return sorted(file for file in found if file.suffix.lower() in EXTENSIONS
                   and not any(part.startswith(".") for part in file.relative_to(top).parts))
 

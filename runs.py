@@ -65,9 +65,12 @@ def whole_file(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove a run's files, all but the lock that this process holds, and the checkpoints first."""
+    """Remove a run's files, all but the lock that this process holds: checkpoints first, last what tells the run."""
+    def turn(path: Path) -> tuple[bool, bool]:
+        return not path.name.startswith("checkpoint"), path.name == "config.json"
+
     with writing(folder):
-        for path in sorted(folder.iterdir(), key=lambda path: not path.name.startswith("checkpoint")):
+        for path in sorted(folder.iterdir(), key=turn):
             if path.name != LOCK and path.is_file():
                 path.unlink()
 

@@ -25,10 +25,10 @@ from data import Split, batch_indices, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
-                   check_training, choose_threads, constants_of, environment, extract_features, fit_logistic, flag,
-                   gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict, rank_0_first, run_script, say,
-                   seeded_generator, seeded_init, select_device, select_precision, start_processes, take_step,
-                   verdict_of, warmup_of)
+                   check_training, choose_threads, constants_of, digest_of_file, environment, extract_features,
+                   fit_logistic, flag, gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict,
+                   rank_0_first, run_script, say, seeded_generator, seeded_init, select_device, select_precision,
+                   start_processes, take_step, verdict_of, warmup_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
@@ -80,6 +80,7 @@ def run(c: SimpleNamespace) -> None:
     """Pretrain with the constants `c`; each run's folder has one writer."""
     resolve_auto(c)
     check_constants(c)
+    c.INIT_SHA256 = digest_of_file(c.INIT)  # for the comparison, which starts from the same weights
     device = select_device(c.DEVICE)
     rank, world = start_processes(device)
     if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
@@ -93,7 +94,8 @@ def run(c: SimpleNamespace) -> None:
 def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, world: int) -> None:
     """Train from the last checkpoint where there is one, and fill the run's folder."""
     state = None if c.overwrite else last_state(folder, constants_of(c), FREE, CHECKPOINT_VERSION, AUTO)
-    if state and state["step"] == state["total_steps"]:
+    # An encoder.pt whose checkpoints were deleted, for they are large, is that of a finished run.
+    if state["step"] == state["total_steps"] if state else not c.overwrite and (folder / "encoder.pt").exists():
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.

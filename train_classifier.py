@@ -36,8 +36,8 @@ from data import Split, batch_indices, fetch, load_folds, load_split, place
 from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
-                   choose_threads, constants_of, environment, extract_features, fit_logistic, flag, gain_of,
-                   knn_predict, make_tuples, network_input, percent, plain_state_dict, progress, run_script,
+                   choose_threads, constants_of, digest_of_file, environment, extract_features, fit_logistic, flag,
+                   gain_of, knn_predict, make_tuples, network_input, percent, plain_state_dict, progress, run_script,
                    seeded_generator, seeded_init, select_device, select_precision, take_step, verdict_of, warmup_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
@@ -121,9 +121,8 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
                          "lower it")
     folds = load_folds(c.DATA_ROOT, len(train.labels)) if c.FOLDS else []
     budgets = affordable(c.LABELS_PER_CLASS, train)
-    inputs = {str(path): sha256(path.read_bytes()).hexdigest() for path in encoders}
-    if Path(c.INIT).is_file():
-        inputs["INIT"] = sha256(Path(c.INIT).read_bytes()).hexdigest()
+    inputs = {f"encoder.pt (number {i} of RUN)": digest_of_file(path) for i, path in enumerate(encoders)}
+    inputs["INIT"] = digest_of_file(c.INIT)
     inputs |= {f"{name}/ of DATASET": digest_of(split) for name, split in (("train", train), ("test", test))}
     results = open_results(folder / "results.json", c, environment(device, precision), inputs)
     controls = c.CONTROLS and c.INIT != "random"
@@ -312,6 +311,8 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
                 raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: "
                                  "leave the flag out, or pretrain a run with it")
             setattr(c, name, of_run[name])
+        if of_run.get("INIT_SHA256", now := digest_of_file(c.INIT)) != now:
+            raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
         differ = [f"{name} {runs[0][name]} and {of_run[name]}" for name in runs[0].keys() & of_run.keys() - MAY_DIFFER
                   if runs[0][name] != of_run[name]]
         if differ:
@@ -409,11 +410,11 @@ def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, ar
     of = {arm: [cells[Cell(seed, arm, labels, c.EPOCHS)] for seed in c.SEEDS] for arm in arms}
     summary = {protocol: {arm: [record[protocol] for record in of[arm]] for arm in arms} for protocol in PROTOCOLS}
     if WITH_BYOL in arms:
-        names = [record["run"] for record in of[WITH_BYOL]]
+        runs = c.RUN.count(",") + 1
         for protocol, by_arm in summary.items():
             gains = answers_of(of[WITH_BYOL], protocol, n) - answers_of(of[BASELINE], protocol, n)
-            if len(set(names)) > 1:  # seeds that share a run are no independent repetitions
-                gains = torch.stack([gains[[name == run for name in names]].mean(dim=0) for run in sorted(set(names))])
+            if runs > 1:  # seeds that share a run are no independent repetitions
+                gains = torch.stack([gains[[seed % runs == i for seed in c.SEEDS]].mean(dim=0) for i in range(runs)])
             by_arm |= {"gain": [b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])], "interval": gain_of(gains)}
     return summary
 
@@ -505,7 +506,7 @@ def check_constants(c: SimpleNamespace) -> None:
     if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} repeats a seed or is empty")
     budgets = c.LABELS_PER_CLASS
-    if len(set(budgets)) != len(budgets) or not all(b == "all" or b > 0 for b in budgets):
+    if len(set(budgets)) != len(budgets) or not all(b == "all" or isinstance(b, int) and b > 0 for b in budgets):
         raise UsageError(f"LABELS_PER_CLASS {','.join(map(str, budgets))} must be different positive numbers or 'all' "
                          f"({flag('LABELS_PER_CLASS')})")
     if 1 in budgets and len(c.LEARNING_RATE) > 1:

@@ -121,6 +121,7 @@ def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
     flag's help. Two flags are not constants: `--demo` and `--overwrite`.
     Raises UsageError for an unknown flag or a value of the wrong type.
     """
+    script = {name: tuple(value) if isinstance(value, list) else value for name, value in script.items()}
     source = Path(script["__file__"]).read_text(encoding="utf-8")
     parser = Parser(prog=Path(script["__file__"]).name, usage="%(prog)s [--CONSTANT VALUE ...]", allow_abbrev=False,
                     description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +159,7 @@ def flag(name: str) -> str:
 def parser_of(default: Any) -> Callable[[str], Any]:
     """How a flag's text becomes a value of its default's type; a tuple is comma-separated, its words as they are."""
     if isinstance(default, tuple):
-        number = next((type(value) for value in default if not isinstance(value, str)), str)
+        number = next((type(value) for value in default if not isinstance(value, str)), int)
 
         def numbers(text: str) -> tuple:
             return tuple(part if part in default else number(part) for part in text.split(","))
@@ -442,6 +443,11 @@ def load_encoder(encoder: nn.Module, weights: dict, source: str | Path) -> None:
         raise UserError(f"the weights in {source} do not fit ENCODER: {one_line(error)[:160]}") from error
 
 
+def digest_of_file(path: str | Path) -> str:
+    """Tells a file from any other; "" where there is no such file."""
+    return sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+
+
 def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """Weights on the CPU in plain memory format: what torchvision's own network loads."""
     return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
@@ -498,11 +504,13 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: 
 
     bank [N,D] with labels [N], queries [M,D]; Wu et al. 2018 (arXiv:1805.01978), section 3.4.
     """
-    similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T              # MxN
-    similarity, nearest = similarity.topk(min(k, len(bank)), dim=1)                    # Mxk
-    votes = torch.zeros(len(queries), classes, device=queries.device)
-    votes.scatter_add_(1, labels[nearest], torch.exp((similarity - 1) / temperature))  # -1: exp stays below 1
-    return votes.argmax(dim=1)
+    bank, predicted = F.normalize(bank, dim=1), []
+    for some in F.normalize(queries, dim=1).split(1024):  # all similarities at once may be larger than memory
+        similarity, nearest = (some @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(some), classes, device=some.device)
+        votes.scatter_add_(1, labels[nearest], torch.exp((similarity - 1) / temperature))  # -1: exp stays below 1
+        predicted.append(votes.argmax(dim=1))
+    return torch.cat(predicted)
 
 
 def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float) -> nn.Module:

@@ -181,6 +181,14 @@ def test_what_is_hidden_is_no_image(tmp_path):
     assert image_files(tmp_path) == [tmp_path / "a.png", tmp_path / "deep" / "c.png"]
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").touch()
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "link").symlink_to(tmp_path / "elsewhere")
+    assert image_files(tmp_path / "top") == [tmp_path / "top" / "link" / "a.png"]
+
+
 def test_folder_is_decoded_once(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "images")
     first = load(root, "train")

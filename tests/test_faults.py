@@ -309,6 +309,18 @@ def test_a_full_disk_at_the_very_end_can_be_mended(tmp_path, small, monkeypatch)
     assert train_byol.main(argv) == 0 and Path("runs/byol/encoder.pt").exists()
 
 
+def test_a_finished_run_stays_finished_without_its_checkpoints(finished, capsys):
+    """They are large, and users delete them."""
+    for path in Path("runs/tiny").glob("checkpoint*.pt"):
+        path.unlink()
+    argv = ["--dataset", "images", *TINY, "--run", "tiny"]
+    before = {path: path.read_bytes() for path in Path("runs/tiny").iterdir()}
+    assert train_byol.main(argv) == 0 and "runs/tiny is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path("runs/tiny").iterdir()} == before
+    refused(capsys, train_byol, [*argv, "--seed", "7"], 1, "config.json has other constants: SEED 0 -> 7")
+    assert train_byol.main([*argv, "--overwrite"]) == 0 and Path("runs/tiny/checkpoint.pt").exists()
+
+
 def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
     write_folder(tmp_path / "images")
     Path("runs").write_text("a file")

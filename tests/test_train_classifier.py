@@ -22,7 +22,7 @@ from conftest import small_encoder
 from data import Split, load_folds, load_split
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
-from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, Cell, draw_subset, fine_tune, fit_logistic,
+from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, Cell, answers_of, draw_subset, fine_tune, fit_logistic,
                               linear_probe, pack, reestimate_batchnorm, unpack)
 from utils import extract_features, knn_predict, percent, read_constants
 
@@ -199,12 +199,26 @@ def test_budgets_that_no_class_can_pay_are_named(pretrained, capsys):
     assert "has only 10 training images; left out" in capsys.readouterr().out
 
 
+def test_a_budget_that_is_no_number_is_named(pretrained, monkeypatch, capsys):
+    monkeypatch.setattr(train_classifier, "LABELS_PER_CLASS", "all")  # a constant's flag takes its default's type
+    assert compare("--labels-per-class", "10") == 2 and "LABELS_PER_CLASS 10 must be" in capsys.readouterr().err
+
+
 def test_results_from_other_first_weights_are_not_mixed(images, capsys):
     argv = ["--dataset", "images", "--image-size", "16", "--init", "first.pt", "--seeds", "0", "--no-controls"]
     for seed, status in ((0, 0), (1, 1)):
         torch.save(small_encoder("", "random", seed)[0].state_dict(), "first.pt")
         assert compare(*argv) == status
     assert "measured with another INIT" in capsys.readouterr().err
+
+
+def test_a_comparison_starts_from_the_very_weights_that_pretraining_began_with(images, capsys):
+    torch.save(small_encoder("", "random", 0)[0].state_dict(), "first.pt")
+    assert train_byol.main(["--dataset", "images", *TINY, "--run", "tiny", "--init", "first.pt"]) == 0
+    assert compare("--seeds", "0", "--no-controls") == 0
+    torch.save(small_encoder("", "random", 1)[0].state_dict(), "first.pt")
+    assert compare("--seeds", "1", "--no-controls") == 1
+    assert "INIT first.pt is not the file that runs/tiny/config.json began with" in capsys.readouterr().err
 
 
 def test_neighbours_of_few_images_and_of_the_classes_that_are_there(tmp_path, generator):
@@ -380,7 +394,7 @@ def test_the_classifier_that_is_kept_is_byols_though_the_baseline_was_trained_lo
     assert compare("--seeds", "0") == 0 and Path("runs/tiny/classifier.pt").read_bytes() != of_baseline
 
 
-@pytest.mark.parametrize("change, name", [("encoder", "runs/tiny/encoder.pt"), ("test", "test/ of DATASET"),
+@pytest.mark.parametrize("change, name", [("encoder", "encoder.pt (number 0 of RUN)"), ("test", "test/ of DATASET"),
                                           ("image", "train/ of DATASET")])
 def test_results_of_another_encoder_or_of_other_images_are_not_mixed(pretrained, capsys, change, name):
     assert compare("--seeds", "0") == 0
@@ -394,6 +408,20 @@ def test_results_of_another_encoder_or_of_other_images_are_not_mixed(pretrained,
     assert compare("--seeds", "0,1") == 1
     assert f"results.json was measured with another {name}: use --overwrite" in capsys.readouterr().err
     assert compare("--seeds", "0", "--overwrite") == 0
+
+
+def test_a_run_that_gets_another_name_stays_one_run(pretrained, capsys):
+    assert compare("--seeds", "0,1") == 0
+    pretrained.rename("runs/other")
+    assert compare("--run", "other", "--seeds", "0,1,2") == 0
+    found = json.loads(Path("runs/other/results.json").read_text())
+    before, after = (answers_of([r for r in found["records"] if r["arm"] == arm], "kNN", 20) for arm in (BASELINE, WITH_BYOL))
+    assert found["summary"]["all"]["kNN"]["interval"] == list(utils.gain_of(after - before))
+    weights = torch.load("runs/other/encoder.pt", weights_only=True)
+    torch.save({key: value + 1 for key, value in weights.items()}, "runs/other/encoder.pt")
+    Path("runs/other").rename("runs/third")
+    assert compare("--run", "third", "--seeds", "0,1,2,3") == 1
+    assert "measured with another encoder.pt" in capsys.readouterr().err
 
 
 def test_runs_that_differ_in_their_seed_are_compared_together(images, capsys):
@@ -462,6 +490,16 @@ def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
     (head_a, batches_a, crops_a), (head_b, batches_b, crops_b) = meetings
     assert torch.equal(head_a, head_b) and batches_a == batches_b and torch.equal(crops_a, crops_b)
     assert len(batches_a) == 2 * 5 and sorted(sum(batches_a[:5], [])) == list(range(40))
+
+
+def test_fine_tuning_normalises_its_images(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_classifier, "crop_resize", lambda images, *a: torch.full(images.shape, 0.5))
+    encoder, feature_dim = small_encoder("", "random", 0)
+    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    fine_tune(task(), encoder, feature_dim, ALL, 0, 0.04)
+    torch.testing.assert_close(seen[0], normalize(torch.full_like(seen[0], 0.5)))
+    assert seen[0].amin() < 0.1
 
 
 def test_a_smaller_budget_takes_as_many_steps_and_only_its_own_images(monkeypatch):

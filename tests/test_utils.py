@@ -84,6 +84,12 @@ def test_several_values_are_of_their_defaults_type_whatever_stands_first(default
     assert utils.parser_of(default)(text) == value
 
 
+def test_a_list_may_stand_where_there_is_a_tuple():
+    script = vars(train_classifier) | {"SEEDS": [4, 5], "LABELS_PER_CLASS": ["all"]}
+    c = read_constants(script, ["--labels-per-class", "10"])
+    assert (c.SEEDS, c.LABELS_PER_CLASS) == ((4, 5), (10,)) and read_constants(script, []).LABELS_PER_CLASS == ("all",)
+
+
 def test_a_single_value_may_stand_where_there_are_several():
     c = SimpleNamespace(SEEDS=3, RATES=(1, 2))
     utils.make_tuples(c, "SEEDS", "RATES")
@@ -407,6 +413,15 @@ def test_knn_agrees_with_brute_force(generator):
         nearest = sorted(range(60), key=lambda i: -cosine(bank[i].tolist()))[:7]
         votes = [sum(math.exp(cosine(bank[i].tolist()) / 0.2) for i in nearest if labels[i] == k) for k in range(4)]
         assert mine == votes.index(max(votes))
+
+
+def test_knn_never_holds_the_similarities_of_all_queries_at_once(generator, monkeypatch):
+    bank, queries = torch.randn(60, 5, generator=generator), torch.randn(2500, 5, generator=generator)
+    labels, topk, rows = torch.randint(0, 4, (60,), generator=generator), torch.Tensor.topk, []
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **k: rows.append(len(x)) or topk(x, *a, **k))
+    predicted = knn_predict(bank, labels, queries, classes=4)
+    assert sum(rows) == 2500 and max(rows) <= 1024
+    assert torch.equal(predicted[2000:], knn_predict(bank, labels, queries[2000:], classes=4))
 
 
 def test_knn_is_as_right_as_theory_says(generator):
