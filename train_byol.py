@@ -27,8 +27,8 @@ from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
 from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
                    check_training, choose_threads, constants_of, digest_of_file, environment, extract_features,
                    fit_logistic, flag, gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict,
-                   rank_0_first, run_script, say, seeded_generator, seeded_init, select_device, select_precision,
-                   start_processes, take_step, verdict_of, warmup_of)
+                   rank_0_first, resolve_auto, run_script, say, seeded_generator, seeded_init, select_device,
+                   select_precision, start_processes, take_step, verdict_of, warmup_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
@@ -78,7 +78,8 @@ MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is
 
 def run(c: SimpleNamespace) -> None:
     """Pretrain with the constants `c`; each run's folder has one writer."""
-    resolve_auto(c)
+    check_optimizer(c)
+    resolve_auto(c, AUTO)
     check_constants(c)
     c.INIT_SHA256 = digest_of_file(c.INIT)  # for the comparison, which starts from the same weights
     device = select_device(c.DEVICE)
@@ -266,20 +267,11 @@ def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
                    }[verdict_of(gain, half)]
 
 
-def resolve_auto(c: SimpleNamespace) -> None:
-    """Give the constants of AUTO their value for INIT where they are "auto", and their type where they are not.
-
-    Raises UsageError for a value of another type, and for a value that is left to an optimizer that was not taken.
-    """
+def check_optimizer(c: SimpleNamespace) -> None:
+    """Raise UsageError for a constant that is left to "auto", which is for the other optimizer."""
     left = [name for name in ("LEARNING_RATE", "PREDICTOR_RATE", "WEIGHT_DECAY") if getattr(c, name) == "auto"]
     if left and c.OPTIMIZER == AUTO["OPTIMIZER"][c.INIT == "random"]:
         raise UsageError(f"OPTIMIZER is {c.OPTIMIZER}, but auto is for the other one: give {' and '.join(left)}, too")
-    for name, of_init in AUTO.items():
-        value = getattr(c, name)
-        try:
-            setattr(c, name, of_init[c.INIT != "random"] if value == "auto" else type(of_init[0])(value))
-        except ValueError:
-            raise UsageError(f"{name} is {value}: it must be a number or auto ({flag(name)})") from None
 
 
 def check_constants(c: SimpleNamespace) -> None:

@@ -37,8 +37,9 @@ from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
                    choose_threads, constants_of, digest_of_file, environment, extract_features, fit_logistic, flag,
-                   gain_of, knn_predict, make_tuples, network_input, percent, plain_state_dict, progress, run_script,
-                   seeded_generator, seeded_init, select_device, select_precision, take_step, verdict_of, warmup_of)
+                   gain_of, knn_predict, make_tuples, network_input, percent, plain_state_dict, progress, resolve_auto,
+                   run_script, seeded_generator, seeded_init, select_device, select_precision, take_step, verdict_of,
+                   warmup_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
@@ -51,7 +52,7 @@ SEEDS = (0, 1, 2)  # one training each; a seed decides the labelled subset, the 
 CONTROLS = True  # where INIT is not random: also random weights, and INIT's with these images' BatchNorm statistics
 FOLDS = False  # learn from STL-10's ten predefined folds of 1,000 images, one a seed, instead
 # Fine-tuning
-EPOCHS = 10  # passes over all labelled training images; a smaller budget takes as many steps
+EPOCHS = "auto"  # passes over all labelled images; fewer of them take as many steps; auto: 10, if INIT is random 40
 BATCH_SIZE = 64  # images a step
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
 LEARNING_RATE = (0.0025, 0.01, 0.04, 0.16)  # peak rates per 256 images, the best on held-out images is taken; or one
@@ -64,6 +65,7 @@ DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=(1e-2,))
+AUTO = {"EPOCHS": (40, 10)}  # where INIT is random, and where it is not
 FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "CONTROLS", "FOLDS", "EPOCHS"}  # between calls
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
@@ -98,6 +100,7 @@ class Task(NamedTuple):
 def run(c: SimpleNamespace) -> None:
     """Compare the arms with the constants `c`; each folder of results has one writer."""
     encoders = adopt_runs(c)
+    resolve_auto(c, AUTO)
     check_constants(c)
     if c.FOLDS:
         c.SEEDS, c.LABELS_PER_CLASS = c.SEEDS if "SEEDS" in c.given else tuple(range(10)), (FOLD,)

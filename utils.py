@@ -172,6 +172,19 @@ def constants_of(namespace: SimpleNamespace) -> dict:
     return {name: value for name, value in vars(namespace).items() if name.isupper()}
 
 
+def resolve_auto(constants: SimpleNamespace, auto: dict[str, tuple]) -> None:
+    """Give the constants of `auto` their value for INIT where they are "auto", and their type where they are not.
+
+    auto: of each name, its value where INIT is random, and where it is not. Raises UsageError for what is no number.
+    """
+    for name, of_init in auto.items():
+        value, default = getattr(constants, name), of_init[constants.INIT != "random"]
+        try:
+            setattr(constants, name, default if value == "auto" else type(default)(value))
+        except ValueError:
+            raise UsageError(f"{name} is {value}: it must be a number or auto ({flag(name)})") from None
+
+
 def make_tuples(constants: SimpleNamespace, *names: str) -> None:
     """Let a single value stand where a constant holds several."""
     for name in names:

@@ -16,11 +16,12 @@ import torchvision
 
 import byol
 import train_byol
+import train_classifier
 from byol import BYOL
 from conftest import HAS_GPU, small_encoder
 from data import batch_indices, fetch, load_split
 from test_data import write_folder, write_stl10
-from utils import build_optimizer, extract_features, read_constants, seeded_generator, seeded_init
+from utils import build_optimizer, extract_features, read_constants, resolve_auto, seeded_generator, seeded_init
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
@@ -336,17 +337,18 @@ def test_batchnorm_is_frozen_where_the_first_weights_are_not_random(tiny, monkey
     assert torch.equal(weights("tiny")["bn.running_mean"], encoder.bn.running_mean) == frozen
 
 
+@pytest.mark.parametrize("script", [train_byol, train_classifier])
 @pytest.mark.parametrize("init", ["random", "first.pt"])
-def test_auto_is_what_help_says_it_is(init, capsys):
+def test_auto_is_what_help_says_it_is(script, init):
     """The numbers stand twice, in AUTO and in the comments that --help shows."""
-    c = read_constants(vars(train_byol), ["--init", init])
-    train_byol.resolve_auto(c)
-    source = Path(train_byol.__file__).read_text()
-    for name in train_byol.AUTO:
+    c = read_constants(vars(script), ["--init", init])
+    resolve_auto(c, script.AUTO)
+    source = Path(script.__file__).read_text()
+    for name in script.AUTO:
         of_others, of_random = re.search(rf'^{name} = "auto"  # .*auto: (\S+), if INIT is random (\S+)$', source, re.M).groups()
         assert getattr(c, name) == type(getattr(c, name))(of_random if init == "random" else of_others)
     c = read_constants(vars(train_byol), ["--init", init, "--learning-rate", "0.3", "--base-decay", "0.5", "--batchnorm", "batch"])
-    train_byol.resolve_auto(c)
+    resolve_auto(c, train_byol.AUTO)
     assert (c.LEARNING_RATE, c.BASE_DECAY, c.BATCHNORM) == (0.3, 0.5, "batch")
 
 
