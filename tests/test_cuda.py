@@ -21,7 +21,7 @@ import utils
 from byol import BYOL, CROP_DRAWS, VIEW_DRAWS
 from conftest import small_encoder
 from data import Split, fetch, place
-from utils import build_encoder, build_optimizer, extract_features, knn_predict, read_constants
+from utils import build_encoder, build_optimizer, extract_features, knn_predict, read_constants, resolve_auto
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
@@ -201,6 +201,7 @@ def test_the_monitor_waits_for_the_features_alone(cuda, monkeypatch, where):
 @PLACES
 def test_a_fine_tuning_step_never_waits_for_the_gpu(cuda, monkeypatch, where, precision):
     c = read_constants(vars(train_classifier), ["--demo", "--epochs", "2", "--batch-size", "8"])
+    resolve_auto(c, train_classifier.AUTO)
     encoder, feature_dim = small_encoder("", "random", 0)
 
     def start(*arguments):  # the network and the images are there, and the steps begin

@@ -24,7 +24,7 @@ from test_data import write_folder, write_stl10
 from test_train_byol import TINY
 from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, Cell, answers_of, draw_subset, fine_tune, fit_logistic,
                               linear_probe, pack, reestimate_batchnorm, unpack)
-from utils import extract_features, knn_predict, percent, read_constants
+from utils import extract_features, knn_predict, percent, read_constants, resolve_auto
 
 CPU = torch.device("cpu")
 QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--labels-per-class", "all",
@@ -458,7 +458,9 @@ ALL = torch.arange(40)
 
 
 def constants(*argv):
-    return read_constants(vars(train_classifier), ["--demo", *QUICK, *argv])
+    c = read_constants(vars(train_classifier), ["--demo", *QUICK, *argv])
+    resolve_auto(c, train_classifier.AUTO)
+    return c
 
 
 def patterns(n=40):
