@@ -160,11 +160,19 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def image_files(top: Path) -> list[Path]:
-    """Image files below `top`, sorted, without what is hidden. Raises UserError for a folder that cannot be read."""
-    walk = os.walk(top, onerror=refuse, followlinks=True)
-    found = (Path(folder, name) for folder, _, names in walk for name in names)
-    return sorted(file for file in found if file.suffix.lower() in EXTENSIONS
-                  and not any(part.startswith(".") for part in file.relative_to(top).parts))
+    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    found, seen = [], set()
+    for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+        if (here := os.path.realpath(folder)) in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # sorted: always the same way there
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.suffix.lower() in EXTENSIONS)
 
 
 def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[Tensor, Tensor]:

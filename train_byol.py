@@ -96,7 +96,8 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
     """Train from the last checkpoint where there is one, and fill the run's folder."""
     state = None if c.overwrite else last_state(folder, constants_of(c), FREE, CHECKPOINT_VERSION, AUTO)
     # An encoder.pt whose checkpoints were deleted, for they are large, is that of a finished run.
-    if state["step"] == state["total_steps"] if state else not c.overwrite and (folder / "encoder.pt").exists():
+    finished = state["step"] == state["total_steps"] if state else (folder / "encoder.pt").exists()
+    if finished and not c.overwrite:
         say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
         return
     # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.

@@ -186,7 +186,11 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "elsewhere" / "a.png").touch()
     (tmp_path / "top").mkdir()
     (tmp_path / "top" / "link").symlink_to(tmp_path / "elsewhere")
-    assert image_files(tmp_path / "top") == [tmp_path / "top" / "link" / "a.png"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "top")  # a circle: every image again, and again
+    (tmp_path / "top" / ".hidden").mkdir()
+    (tmp_path / "top" / ".hidden" / "b.png").touch()
+    (tmp_path / "top" / "shown").symlink_to(tmp_path / "top" / ".hidden")
+    assert image_files(tmp_path / "top") == [tmp_path / "top" / "link" / "a.png", tmp_path / "top" / "shown" / "b.png"]
 
 
 def test_folder_is_decoded_once(tmp_path, monkeypatch):
