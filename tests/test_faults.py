@@ -1,6 +1,8 @@
 """Everything that goes wrong for a user: one line on stderr that names it, and the run's files as they were."""
+import contextlib
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -401,47 +403,47 @@ def test_a_torn_row_of_metrics_is_cut(stopped):
 
 # ------------------------------------------------------------------------------------------------------- full disks
 
-def limited(code, limit):
-    """Run Python code in a process whose files cannot grow beyond `limit` bytes, as on a full disk."""
-    return subprocess.run([sys.executable, "-c", f"""
-import resource, sys
-sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
-import runs, train_byol
-from conftest import small_encoder
-train_byol.build_encoder = small_encoder
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-{code}"""], capture_output=True, text=True)
+@contextlib.contextmanager
+def full_disk(limit):
+    """Inside, no file grows beyond `limit` bytes: the system refuses what lies behind, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_during_a_checkpoint(stopped):
+def test_a_disk_that_fills_up_during_a_checkpoint(stopped, capsys):
     before = Path("runs/parts/checkpoint.pt").read_bytes()
-    done = limited(f"sys.exit(train_byol.main({stopped}))", limit=len(before) // 2)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: cannot write runs/parts/"), done.stderr
+    capsys.readouterr()
+    with full_disk(len(before) // 2):
+        assert train_byol.main(stopped) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot write runs/parts/")
     assert Path("runs/parts/checkpoint.pt").read_bytes() == before
     assert not list(Path("runs/parts").glob("*.tmp"))
     assert train_byol.main(stopped) == 0 and same(weights("whole"), weights("parts"))
 
 
-def test_a_disk_that_fills_up_during_a_row_of_metrics(stopped, monkeypatch):
+def test_a_disk_that_fills_up_during_a_row_of_metrics(stopped, monkeypatch, capsys):
     before = Path("runs/parts/checkpoint.pt").read_bytes()
-    size = Path("runs/parts/metrics.csv").stat().st_size
-    done = limited(f"""
-runs.Metrics.__init__ = lambda self, path, columns, step: self.__dict__.update(path=path, columns=columns)
-train_byol.plot_views = train_byol.write_json = lambda *a: None
-sys.exit(train_byol.main({stopped}))""", limit=size + 10)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: cannot write runs/parts/metrics.csv"), done.stderr
+    with full_disk(Path("runs/parts/metrics.csv").stat().st_size + 10), monkeypatch.context() as patch:
+        patch.setattr(runs.Metrics, "__init__",
+                      lambda self, path, names, step: self.__dict__.update(path=path, columns=dict.fromkeys(names)))
+        for name in ("plot_views", "write_json"):
+            patch.setattr(train_byol, name, lambda *args: None)
+        capsys.readouterr()
+        assert train_byol.main(stopped) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot write runs/parts/metrics.csv")
     assert Path("runs/parts/checkpoint.pt").read_bytes() == before
     assert train_byol.main(stopped) == 0 and without_timings("whole") == without_timings("parts")
 
 
-def test_a_disk_that_fills_up_during_the_cache_of_a_folder(tmp_path, small):
+def test_a_disk_that_fills_up_during_the_cache_of_a_folder(tmp_path, small, capsys):
     write_folder(tmp_path / "images", unlabeled=60)
     argv = ["--dataset", "images", *TINY]
-    done = limited(f"sys.exit(train_byol.main({argv}))", limit=20_000)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: cannot write the image cache data/cache/"), done.stderr
+    with full_disk(20_000):
+        refused(capsys, train_byol, argv, 1, "cannot write the image cache data/cache/")
     assert not list(Path("data/cache").glob("*unlabeled*"))
     assert train_byol.main(argv) == 0 and len(rows("byol")) > 0
 
