@@ -37,9 +37,9 @@ from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
                    choose_threads, constants_of, digest_of_file, environment, extract_features, fit_logistic, flag,
-                   gain_of, knn_predict, make_tuples, network_input, percent, plain_state_dict, progress, resolve_auto,
-                   run_script, seeded_generator, seeded_init, select_device, select_precision, take_step, verdict_of,
-                   warmup_of)
+                   fold_standardisation, gain_of, knn_predict, make_tuples, network_input, percent, plain_state_dict,
+                   progress, resolve_auto, run_script, seeded_generator, seeded_init, select_device, select_precision,
+                   take_step, verdict_of, warmup_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
@@ -69,6 +69,7 @@ AUTO = {"EPOCHS": (40, 10)}  # where INIT is random, and where it is not
 FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "CONTROLS", "FOLDS", "EPOCHS"}  # between calls
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
+RESULTS_VERSION = 2  # raised where trainings of an earlier version cannot be compared with this one's
 HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm only", "with BYOL"
@@ -332,11 +333,16 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
 def open_results(path: Path, c: SimpleNamespace, where: dict, inputs: dict[str, str]) -> dict:
     """Results so far: a comparison goes on at the first seed, arm or budget that is missing.
 
-    inputs: digests of what the results depend on, by name. Raises UserError where results are there of others.
+    inputs: digests of what the results depend on, by name. Raises UserError where results are there of others, or of
+    another version.
     """
     if c.overwrite or not path.exists():
-        return {"constants": constants_of(c), "environment": where, "inputs": inputs, "trials": [], "records": []}
+        return {"version": RESULTS_VERSION, "constants": constants_of(c), "environment": where, "inputs": inputs,
+                "trials": [], "records": []}
     results = read_json(path, "inputs")
+    if results.get("version") != RESULTS_VERSION:
+        raise UserError(f"{path} is of another version of this code, which trains otherwise: use --overwrite to "
+                        "compare anew")
     for name in results["inputs"].keys() & inputs.keys():  # BYOL's arm may be new
         if results["inputs"][name] != inputs[name]:
             raise UserError(f"{path} was measured with another {name}: use --overwrite to compare anew")
@@ -365,10 +371,13 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
 
     The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
     is that of EPOCHS passes over all training images, whatever the subset. Raises Stopped when a signal asks for it.
+    The head learns behind a BatchNorm without weights, as a linear probe does in He et al. 2022 (MAE, appendix A.1):
+    features of an encoder that nobody trained with labels are ill scaled. In the end it is folded into the head.
     """
     c, train, device = task.c, task.train, task.device
     with seeded_init(seed, "head"):
-        encoder.fc = nn.Linear(feature_dim, len(train.classes))
+        norm, head = nn.BatchNorm1d(feature_dim, affine=False), nn.Linear(feature_dim, len(train.classes))
+    encoder.fc = nn.Sequential(norm, head)
     network = encoder.to(device, memory_format=torch.channels_last).train()
     size, batch_size = train.pixels.shape[-1], min(c.BATCH_SIZE, len(subset))
     steps_per_epoch = len(train.labels) // c.BATCH_SIZE  # the remainder is dropped
@@ -388,6 +397,7 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
             if task.signals:
                 raise Stopped("stopped: the results so far are kept, and the same command continues from there",
                               task.signals[0])
+    network.fc = fold_standardisation(head, norm.running_mean, (norm.running_var + norm.eps).sqrt())
     return network
 
 

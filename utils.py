@@ -542,10 +542,15 @@ def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float)
         return loss
 
     optimizer.step(closure)
-    with torch.no_grad():  # fold the standardisation into the weights
-        head.weight /= std
-        head.bias -= head.weight @ mean
-    return head.requires_grad_(False)
+    return fold_standardisation(head, mean, std).requires_grad_(False)
+
+
+@torch.no_grad()
+def fold_standardisation(head: nn.Linear, mean: Tensor, std: Tensor) -> nn.Linear:
+    """Change `head` so that it makes of features [N,D] what it has made of (features - mean) / std."""
+    head.weight /= std
+    head.bias -= head.weight @ mean
+    return head
 
 
 def gain_of(gains: Tensor) -> tuple[float, float]:

@@ -1,4 +1,5 @@
 """The comparison: fairness of the two arms, the probe, the run's settings, and the whole path on tiny data."""
+import copy
 import json
 import math
 import os
@@ -410,6 +411,14 @@ def test_results_of_another_encoder_or_of_other_images_are_not_mixed(pretrained,
     assert compare("--seeds", "0", "--overwrite") == 0
 
 
+def test_results_of_another_version_are_not_mixed(pretrained, monkeypatch, capsys):
+    assert compare("--seeds", "0") == 0
+    monkeypatch.setattr(train_classifier, "RESULTS_VERSION", train_classifier.RESULTS_VERSION + 1)
+    assert compare("--seeds", "0,1") == 1
+    assert "results.json is of another version of this code" in capsys.readouterr().err
+    assert compare("--seeds", "0", "--overwrite") == 0 and compare("--seeds", "0") == 0
+
+
 def test_a_run_that_gets_another_name_stays_one_run(pretrained, capsys):
     assert compare("--seeds", "0,1") == 0
     pretrained.rename("runs/other")
@@ -468,8 +477,8 @@ def patterns(n=40):
     return split._replace(pixels=split.pixels[:n], labels=split.labels[:n])
 
 
-def task():
-    return train_classifier.Task(constants(), patterns(), None, CPU, torch.float32, [])
+def task(*argv):
+    return train_classifier.Task(constants(*argv), patterns(), None, CPU, torch.float32, [])
 
 
 def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
@@ -525,6 +534,36 @@ def test_the_heads_differ_between_seeds_and_the_encoder_is_trained():
     assert not torch.equal(a.conv.weight, before)
     b = fine_tune(task(), small_encoder("", "random", 0)[0], feature_dim, ALL, 1, 0.04)
     assert not torch.equal(a.fc.weight, b.fc.weight)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_fine_tuning_does_not_depend_on_the_scale_of_the_features():
+    x, scores = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    for scale in (torch.full((64,), 64.0), 2.0 ** torch.arange(6, 70).remainder(12).clamp(min=6)):
+        encoder, feature_dim = small_encoder("", "random", 0)
+        encoder.pool.append(Scaled(scale))  # from 64 up, where what BatchNorm adds to a variance is nothing
+        scores.append(fine_tune(task("--epochs", "20"), encoder, feature_dim, ALL, 0, 0.04).eval()(x))
+    torch.testing.assert_close(scores[0], scores[1], rtol=0.01, atol=0.01)
+    assert scores[0].std() > 0.1
+
+
+def test_the_tuned_network_ends_in_one_linear_layer_that_answers_as_it_did_in_training(monkeypatch):
+    kept, fold = [], train_classifier.fold_standardisation
+    monkeypatch.setattr(train_classifier, "fold_standardisation",
+                        lambda *a: kept.append(copy.deepcopy(encoder.fc).eval()) or fold(*a))
+    encoder, feature_dim = small_encoder("", "random", 0)
+    network = fine_tune(task(), encoder, feature_dim, ALL, 0, 0.04).eval()
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert type(network.fc) is torch.nn.Linear and type(kept[0]) is torch.nn.Sequential
+    torch.testing.assert_close(network(x), kept[0](network[:-1](x)), rtol=1e-4, atol=1e-4)
 
 
 def test_neither_the_frozen_protocols_nor_another_budget_move_an_encoder(pretrained, monkeypatch):
