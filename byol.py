@@ -101,16 +101,17 @@ def effective_rank(features: Tensor) -> Tensor:
     return torch.special.entr(variance / variance.sum().clamp(min=1e-30)).sum().exp()
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, predictor_rate: float = 1) -> list[dict]:
+def parameter_groups(module: nn.Module, weight_decay: float, part: str = "", rate: float = 1) -> list[dict]:
     """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not.
 
-    predictor_rate: how many times as fast as all else BYOL's predictor learns, as each group's `scale`. A predictor
-    that is ahead keeps the features from falling into few directions (the paper, too, wants it near-optimal).
+    rate: how many times as fast as all else the child `part` learns, as each group's `scale`. Of BYOL it is the
+    predictor: one that is ahead keeps the features from falling into few directions (the paper, too, wants it
+    near-optimal).
     """
     groups = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            scale = predictor_rate if name.startswith("predictor.") else 1
+            scale = rate if name.startswith(f"{part}.") else 1
             groups.setdefault((p.ndim > 1, scale), []).append(p)
     return [{"params": parameters, "weight_decay": weight_decay * decays, "scale": scale}
             for (decays, scale), parameters in groups.items()]

@@ -56,6 +56,7 @@ EPOCHS = "auto"  # passes over all labelled images; fewer of them take as many s
 BATCH_SIZE = 64  # images a step
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
 LEARNING_RATE = (0.0025, 0.01, 0.04, 0.16)  # peak rates per 256 images, the best on held-out images is taken; or one
+HEAD_RATE = 0.1  # how many times as fast the new head learns, behind a BatchNorm that gives features one scale
 WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the training; then a cosine to zero
 CROP_AREA = 0.3  # smallest share of an image that a training crop shows
@@ -371,8 +372,8 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
 
     The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
     is that of EPOCHS passes over all training images, whatever the subset. Raises Stopped when a signal asks for it.
-    The head learns behind a BatchNorm without weights, as a linear probe does in He et al. 2022 (MAE, appendix A.1):
-    features of an encoder that nobody trained with labels are ill scaled. In the end it is folded into the head.
+    The head learns behind a BatchNorm without weights, as a linear probe does in He et al. 2022 (MAE, appendix A.1),
+    for features that nobody trained with labels are ill scaled. In the end it is folded into the head.
     """
     c, train, device = task.c, task.train, task.device
     with seeded_init(seed, "head"):
@@ -383,7 +384,7 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
     steps_per_epoch = len(train.labels) // c.BATCH_SIZE  # the remainder is dropped
     total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, warmup_of(c, steps_per_epoch)
     peak = rate * batch_size / 256
-    optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY)
+    optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY, "fc", c.HEAD_RATE)
     order = batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)
     with progress((subset[index] for index in order), total=total_steps, desc=title, unit="step") as bar:
         for step, index in enumerate(bar):
@@ -515,7 +516,7 @@ def caption(c: SimpleNamespace, lengths: Sequence[int] = ()) -> str:
 
 def check_constants(c: SimpleNamespace) -> None:
     make_tuples(c, "LEARNING_RATE", "SEEDS", "LABELS_PER_CLASS")
-    check_training(c)
+    check_training(c, HEAD_RATE=(0, math.inf))
     if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} repeats a seed or is empty")
     budgets = c.LABELS_PER_CLASS

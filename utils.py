@@ -466,10 +466,10 @@ def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
 
 
-def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float,
-                    predictor_rate: float = 1) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, name: str, rate: float, weight_decay: float, part: str = "",
+                    rate_of_part: float = 1) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or AdamW; groups as `parameter_groups` makes them."""
-    groups = parameter_groups(model, weight_decay, predictor_rate)
+    groups = parameter_groups(model, weight_decay, part, rate_of_part)
     if name == "sgd":
         return torch.optim.SGD(groups, rate, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, rate, fused=True)

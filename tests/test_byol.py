@@ -222,7 +222,7 @@ def test_parameter_groups_hold_each_trainable_parameter_once():
     undecayed = {id(p) for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for p in m.parameters()}
     undecayed |= {id(m.bias) for m in model.modules() if getattr(m, "bias", None) is not None}
     assert {id(p) for p in plain["params"]} == undecayed & set(trainable)
-    groups = byol.parameter_groups(model, weight_decay=0.1, predictor_rate=10)
+    groups = byol.parameter_groups(model, 0.1, "predictor", 10)
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(trainable)
     assert {id(p) for group in groups if group["scale"] == 10 for p in group["params"]} == set(map(id, model.predictor.parameters()))
     assert {id(p) for group in groups if not group["weight_decay"] for p in group["params"]} == undecayed & set(trainable)

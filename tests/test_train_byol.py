@@ -217,7 +217,7 @@ def test_a_training_step_moves_the_online_network_and_then_the_target():
 
 def test_the_predictor_learns_faster_by_its_own_factor():
     model = BYOL(small_encoder("", "random", 0)[0], 64, 16, 8)
-    optimizer = build_optimizer(model, "sgd", 0.1, 0, predictor_rate=4)
+    optimizer = build_optimizer(model, "sgd", 0.1, 0, "predictor", 4)
     before = copy.deepcopy(model)
     train_byol.train_step(model, model, optimizer, tuple(torch.randn(2, 8, 3, 16, 16).unbind(0)), 0.05, 1.0, torch.float32)
     for name, p in model.named_parameters():

@@ -566,6 +566,15 @@ def test_the_tuned_network_ends_in_one_linear_layer_that_answers_as_it_did_in_tr
     torch.testing.assert_close(network(x), kept[0](network[:-1](x)), rtol=1e-4, atol=1e-4)
 
 
+def test_the_head_learns_at_its_own_rate(monkeypatch):
+    groups = []
+    monkeypatch.setattr(train_classifier, "take_step", lambda optimizer, *_: groups.extend(optimizer.param_groups))
+    encoder, feature_dim = small_encoder("", "random", 0)
+    network = fine_tune(task("--head-rate", "0.25", "--epochs", "1"), encoder, feature_dim, ALL, 0, 0.04)
+    own = {id(p) for group in groups if group["scale"] == 0.25 for p in group["params"]}
+    assert own == set(map(id, network.fc.parameters())) and {group["scale"] for group in groups} == {1, 0.25}
+
+
 def test_neither_the_frozen_protocols_nor_another_budget_move_an_encoder(pretrained, monkeypatch):
     """Every fine-tuning starts from the very encoder that was built, whatever came before it."""
     starts, tune = {}, train_classifier.fine_tune
