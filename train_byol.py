@@ -113,8 +113,7 @@ def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, 
 
     with rank_0_first():
         model = build_model(c).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY, "predictor",
-                                c.PREDICTOR_RATE)
+    optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY, "predictor", c.PREDICTOR_RATE)
     facts = {"images": len(images), "version": CHECKPOINT_VERSION, "precision": name_of(precision),
              "threads": torch.get_num_threads(), "world_size": world,
              "right_before": state["right_before"] if state else None}
