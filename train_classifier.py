@@ -168,6 +168,8 @@ def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split
     found = load_split(c.DATASET, split, c.DATA_ROOT, c.IMAGE_SIZE)
     if found is None:
         raise UserError(f"DATASET {c.DATASET!r} has no {split}/: the classifier needs {split}/<class>/ with images")
+    if len(found.classes) < 2:  # a subset may then be a single image, of which BatchNorm learns nothing
+        raise UserError(f"DATASET {c.DATASET!r} has but one class in {split}/: there is nothing to tell apart")
     return found._replace(pixels=place(found.pixels, device))
 
 

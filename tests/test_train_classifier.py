@@ -292,6 +292,13 @@ def test_dataset_encoder_init_and_size_come_from_the_run(pretrained, capsys):
         assert f"{argv[0]} {argv[1]} contradicts runs/tiny/config.json" in capsys.readouterr().err
 
 
+def test_a_single_class_is_refused_in_one_line(tmp_path, small, capsys):
+    write_folder(tmp_path / "one", classes=("a",))
+    assert compare("--dataset", "one", "--image-size", "16", "--init", "random") == 1
+    err = capsys.readouterr().err
+    assert err == "error: DATASET 'one' has but one class in train/: there is nothing to tell apart\n"
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_missing_split_is_named(pretrained, split, capsys):
     (Path("images") / split).rename("elsewhere")
