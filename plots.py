@@ -24,13 +24,16 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None:
     """A dozen images, uint8 [N,3,H,W], each above the two views [N,3,S,S] that the networks get of it."""
-    figure = Figure(figsize=(0.7 * len(images) + 0.5, 2.4), layout="constrained")
+    figure = Figure(figsize=(0.7 * len(images) + 0.5, 2.2), layout="constrained")
+    axis = figure.subplots()  # one for all: 36 take three times as long
     rows = [("image", images / 255), ("view 1", denormalize(view1)), ("view 2", denormalize(view2))]
-    for axes, (name, batch) in zip(figure.subplots(3, len(images), squeeze=False), rows):
-        for axis, image in zip(axes, batch.clamp(0, 1)):
-            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-            axis.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(name)
+    for y, (name, batch) in enumerate(rows):
+        axis.text(-0.1, y + 0.45, name, ha="right", va="center")
+        strip = torch.cat(tuple(batch.clamp(0, 1)), dim=2)
+        axis.imshow(strip.permute(1, 2, 0).cpu().numpy(), extent=(0, len(images), y + 0.9, y))
+    axis.vlines(range(len(images) + 1), 0, len(rows), color="white", linewidth=5)
+    axis.set(xlim=(-0.1, len(images)), ylim=(len(rows), -0.1))
+    axis.set_axis_off()
     save_figure(figure, path)
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import plots  # noqa: E402
 import utils  # noqa: E402
+from runs import whole_file  # noqa: E402
 from utils import seeded_init  # noqa: E402
 
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # unset, each run would look for idle cores
@@ -62,10 +65,31 @@ def small_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
     return encoder, 64
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Both scripts train the small encoder."""
+save_figure = plots.save_figure
+
+
+def write_undrawn(figure: Figure, path: Path) -> None:
+    """Stands in for plots.save_figure where no test looks: to draw a figure takes longer than to train the small encoder."""
+    with whole_file(path) as file:
+        file.write(b"undrawn")
+
+
+def use_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both scripts train the small encoder, write their figures undrawn, and probe with two penalties of eight."""
     import train_byol
     import train_classifier
-    monkeypatch.setattr(train_byol, "build_encoder", small_encoder)
-    monkeypatch.setattr(train_classifier, "build_encoder", small_encoder)
+    for script in (train_byol, train_classifier):
+        monkeypatch.setattr(script, "build_encoder", small_encoder)
+    monkeypatch.setattr(plots, "save_figure", write_undrawn)
+    monkeypatch.setattr(train_classifier, "PROBE_PENALTIES", train_classifier.PROBE_PENALTIES[-3:-1])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    use_small(monkeypatch)
+
+
+@pytest.fixture
+def drawn(small, monkeypatch):
+    """As `small`, with the figures drawn."""
+    monkeypatch.setattr(plots, "save_figure", save_figure)

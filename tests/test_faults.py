@@ -21,7 +21,7 @@ import runs
 import train_byol
 import train_classifier
 import utils
-from conftest import small_encoder
+from conftest import use_small
 from test_data import write_folder, write_stl10
 from test_train_byol import REPOSITORY, TINY, rows, same, weights, without_timings
 from test_train_classifier import QUICK
@@ -32,8 +32,7 @@ def finished_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for script in (train_byol, train_classifier):
-            patch.setattr(script, "build_encoder", small_encoder)
+        use_small(patch)
         write_folder(folder / "images", per_class=10, unlabeled=20)
         write_stl10(folder / "data")
         assert train_byol.main(["--dataset", "images", *TINY, "--run", "tiny"]) == 0

@@ -57,10 +57,11 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_fills_its_folder(tiny, capsys):
+def test_a_run_fills_its_folder(tiny, drawn, capsys):
     assert tiny() == 0
     assert {p.name for p in Path("runs/tiny").iterdir()} == {".lock", "config.json", "metrics.csv", "checkpoint.pt",
                                                              "encoder.pt", "views.png", "curves.png"}
+    assert all(Path("runs/tiny", name).read_bytes().startswith(b"\x89PNG") for name in ("views.png", "curves.png"))
     config = json.loads(Path("runs/tiny/config.json").read_text())
     assert config["constants"]["BATCH_SIZE"] == 8 and config["environment"]["world_size"] == 1
     assert config["environment"]["torch"] == torch.__version__
