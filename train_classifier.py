@@ -242,13 +242,17 @@ def choose_rate(task: Task, cell: Cell, trials: list[dict], save: Callable) -> f
     rates = task.c.LEARNING_RATE
     key = cell._asdict() | {"seed": trials[0]["seed"] if trials else task.c.SEEDS[0]}  # one for all arms, also later
     known = {trial["rate"]: trial["held out"] for trial in trials if trial.items() >= key.items()}
-    for rate in rates if len(rates) > 1 else ():
-        if rate not in known:
-            known[rate] = held_out_accuracy(task, Cell(**key), rate)
-            trials.append(key | {"rate": rate, "held out": known[rate]})
-            save()
-            print(f"rate {rate:<6g} {cell.labels:>4} labels {cell.arm:<14}  held out {known[rate]:.1f}", flush=True)
-    return max(rates, key=known.get) if known else rates[0]
+    unknown = [rate for rate in rates if rate not in known] if len(rates) > 1 else []
+    for rate in unknown:
+        known[rate] = held_out_accuracy(task, Cell(**key), rate)
+        trials.append(key | {"rate": rate, "held out": known[rate]})
+        save()
+        print(f"rate {rate:<6g} {cell.labels:>4} labels {cell.arm:<14}  held out {known[rate]:.1f}", flush=True)
+    best = max(rates, key=known.get) if known else rates[0]
+    if unknown and best in (min(rates), max(rates)):
+        print(f"the {'largest' if best == max(rates) else 'smallest'} of LEARNING_RATE is best there: one beyond it may be "
+              "better", flush=True)
+    return best
 
 
 def held_out_accuracy(task: Task, cell: Cell, rate: float) -> float:

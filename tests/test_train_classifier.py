@@ -347,7 +347,10 @@ def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pret
     assert compare(*argv, "--seeds", "0,1") == 0
     assert asked == [(*key, rate) for key in best for rate in (0.05, 0.1, 0.2)], "once for all seeds"
     assert [r["rate"] for r in results()["records"]] == [*best.values()] * 2 == tuned
-    assert "rate 0.1       3 labels with BYOL       held out 51.0\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rate 0.1       3 labels with BYOL       held out 51.0\n" in out
+    ends = [line.split()[1] for line in out.splitlines() if "of LEARNING_RATE is best there" in line]
+    assert ends == ["largest", "smallest", "largest"], "and 0.1 lies between"
     assert compare(*argv, "--seeds", "1,0,2") == 0 and len(asked) == 12, "nor for seeds that are added"
     found = results()
     del found["trials"][4], found["records"][1:]  # as if it had been stopped in the second search
