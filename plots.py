@@ -6,6 +6,7 @@ from typing import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -15,6 +16,7 @@ from data import Split
 from runs import whole_file
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"  # Okabe & Ito's, for all eyes
+SIDE = 0.86  # of an image among others, which are 1 apart
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -24,17 +26,22 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_views(path: Path, images: Tensor, view1: Tensor, view2: Tensor) -> None:
     """A dozen images, uint8 [N,3,H,W], each above the two views [N,3,S,S] that the networks get of it."""
-    figure = Figure(figsize=(0.7 * len(images) + 0.5, 2.2), layout="constrained")
-    axis = figure.subplots()  # one for all: 36 take three times as long
+    figure = Figure(figsize=(0.8 * len(images) + 0.5, 2.5), layout="constrained")
+    axis = figure.subplots()  # one for all: 36 take several times as long
     rows = [("image", images / 255), ("view 1", denormalize(view1)), ("view 2", denormalize(view2))]
     for y, (name, batch) in enumerate(rows):
-        axis.text(-0.1, y + 0.45, name, ha="right", va="center")
-        strip = torch.cat(tuple(batch.clamp(0, 1)), dim=2)
-        axis.imshow(strip.permute(1, 2, 0).cpu().numpy(), extent=(0, len(images), y + 0.9, y))
-    axis.vlines(range(len(images) + 1), 0, len(rows), color="white", linewidth=5)
+        axis.text(-0.1, y + SIDE / 2, name, ha="right", va="center")
+        for x, image in enumerate(batch.clamp(0, 1)):
+            place_image(axis, image, x, y)
     axis.set(xlim=(-0.1, len(images)), ylim=(len(rows), -0.1))
     axis.set_axis_off()
     save_figure(figure, path)
+
+
+def place_image(axis: Axes, image: Tensor, x: float, y: float, **frame) -> None:
+    """Show an image [3,H,W] as a square of SIDE with a frame, its upper left corner at (x, y)."""
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(x, x + SIDE, y + SIDE, y))
+    axis.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, **frame))
 
 
 def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace) -> None:
@@ -128,21 +135,18 @@ def plot_neighbors(path: Path, test: Split, features: Sequence[tuple[str, Tensor
     figure = Figure(figsize=(7.2, 0.62 * len(chosen) + 0.6), layout="constrained")
     axis = figure.subplots()
 
-    def place(index: int, x: float, y: float, **frame) -> None:
-        axis.imshow(test.pixels[index].permute(1, 2, 0).cpu().numpy(), extent=(x, x + 0.86, y + 0.86, y))
-        axis.add_patch(Rectangle((x, y), 0.86, 0.86, fill=False, **frame))
-
     left = [1.3 + i * (neighbors + 0.3) for i in range(len(features))]
     for y, query in enumerate(chosen):
-        place(query, 0, y, linewidth=0)
-        axis.text(-0.1, y + 0.43, test.classes[test.labels[query]], ha="right", va="center")
+        place_image(axis, test.pixels[query], 0, y, linewidth=0)
+        axis.text(-0.1, y + SIDE / 2, test.classes[test.labels[query]], ha="right", va="center")
         for x, (_, values) in zip(left, features):
             similarity = F.cosine_similarity(values, values[query:query + 1])
             similarity[query] = -2  # not its own neighbour
             for rank, index in enumerate(similarity.topk(min(neighbors, len(values) - 1)).indices.tolist()):
                 right = test.labels[index] == test.labels[query]
-                place(index, x + rank, y, linewidth=2.5, color=BLUE if right else ORANGE, ls="-" if right else ":")
-    axis.text(0.43, -0.15, "query", ha="center")
+                place_image(axis, test.pixels[index], x + rank, y, linewidth=2.5, color=BLUE if right else ORANGE,
+                            ls="-" if right else ":")
+    axis.text(SIDE / 2, -0.15, "query", ha="center")
     for x, (arm, _) in zip(left, features):
         axis.text(x + neighbors / 2, -0.15, f"nearest, {arm}", ha="center")
     axis.set(xlim=(-0.15, left[-1] + neighbors), ylim=(len(chosen), -0.1))
