@@ -24,11 +24,11 @@ from byol import BYOL, effective_rank, learning_rate, render_views, target_decay
 from data import Split, batch_indices, batches, load_split, place
 from plots import plot_curves, plot_views
 from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
-from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, can_compile, check_choice,
-                   check_training, choose_threads, constants_of, digest_of_file, environment, extract_features,
-                   fit_logistic, flag, gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict,
-                   rank_0_first, resolve_auto, run_script, say, seeded_generator, seeded_init, select_device,
-                   select_precision, start_processes, take_step, verdict_of, warmup_of)
+from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, check_choice, check_training,
+                   choose_threads, compiler, constants_of, digest_of_file, environment, extract_features, fit_logistic,
+                   flag, gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict, rank_0_first,
+                   resolve_auto, run_script, say, seeded_generator, seeded_init, select_device, select_precision,
+                   start_processes, take_step, verdict_of, warmup_of)
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
@@ -73,7 +73,6 @@ SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%",
 CHECKPOINT_VERSION = 3  # raised where a run that an earlier version began cannot be continued bit for bit
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
 PROBE_PENALTY = 0.1  # of the monitor's linear probe; the best of six for random and for good weights, 4,000 images
-MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
 
 
 def run(c: SimpleNamespace) -> None:
@@ -208,11 +207,7 @@ def build_model(c: SimpleNamespace) -> BYOL:
 
 def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
     """The network as it is called, and render_views: distributed over the processes, compiled where that pays."""
-    pays = can_compile(device) and steps >= MIN_STEPS_TO_COMPILE
-    # Recorded as CUDA graphs, too: a step has a thousand kernels, which take longer to launch than to run.
-    compiled = partial(torch.compile, mode="reduce-overhead") if pays else lambda function: function
-    if pays:
-        say("compiling for this GPU: the first steps take a minute or two")
+    compiled = compiler(device, steps)
     if dist.is_initialized():
         on_gpu = device.type == "cuda"
         if on_gpu:

@@ -36,10 +36,10 @@ from data import Split, batch_indices, fetch, load_folds, load_split, place
 from plots import plot_comparison, plot_lines, plot_neighbors
 from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
 from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
-                   choose_threads, constants_of, digest_of_file, environment, extract_features, fit_logistic, flag,
-                   fold_standardisation, gain_of, knn_predict, make_tuples, network_input, percent, plain_state_dict,
-                   progress, resolve_auto, run_script, seeded_generator, seeded_init, select_device, select_precision,
-                   take_step, verdict_of, warmup_of)
+                   choose_threads, compiler, constants_of, digest_of_file, environment, extract_features, fit_logistic,
+                   flag, fold_standardisation, gain_of, knn_predict, make_tuples, network_input, percent,
+                   plain_state_dict, progress, resolve_auto, run_script, seeded_generator, seeded_init, select_device,
+                   select_precision, take_step, verdict_of, warmup_of)
 
 # What to compare; the four after RUN are taken from the run where it exists
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
@@ -86,6 +86,25 @@ class Cell(NamedTuple):
     epochs: int
 
 
+class Trainee:
+    """The network that is trained: each training takes place in the memory of the first, whose steps a GPU has recorded.
+
+    compiled: what is done to a function before it is called again and again.
+    """
+
+    def __init__(self, compiled: Callable = lambda function: function):
+        self.compiled, self.network = compiled, None
+
+    def become(self, network: nn.Module) -> nn.Module:
+        """Take on the weights and buffers of `network`; what the training before it returned is gone then."""
+        if self.network is None:
+            self.network, self.head = network, network.fc
+            self.forward, self.crops = self.compiled(network), self.compiled(crops)
+        self.network.fc = self.head  # fine_tune puts another in its place
+        self.network.load_state_dict(network.state_dict())
+        return self.network.train()
+
+
 class Task(NamedTuple):
     """What all trainings of a comparison share."""
     c: SimpleNamespace
@@ -94,6 +113,7 @@ class Task(NamedTuple):
     device: torch.device
     precision: torch.dtype
     encoders: list[Path]  # one of each pretraining run; a seed takes the one whose number is seed modulo runs
+    trainee: Trainee
     folds: list[Tensor] = []
     signals: list[int] = []
     features: dict | None = None  # of training and test images, by each encoder that was asked
@@ -138,8 +158,10 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
 
     save = partial(write_json, folder / "results.json", results)
     with stop_signals() as signals:
-        task = Task(c, train, test, device, precision, encoders, folds, signals, features={})
         cells = {Cell(*(record[name] for name in Cell._fields)): record for record in results["records"]}
+        trainings = sum(Cell(*key, c.EPOCHS) not in cells for key in product(c.SEEDS, arms, budgets))
+        trainee = Trainee(compiler(device, trainings * c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)))
+        task = Task(c, train, test, device, precision, encoders, trainee, folds, signals, features={})
         longest = max([c.EPOCHS, *(cell.epochs for cell in cells if cell.arm == arms[-1])])
         if c.overwrite:
             save()
@@ -385,8 +407,8 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
     with seeded_init(seed, "head"):
         norm, head = nn.BatchNorm1d(feature_dim, affine=False), nn.Linear(feature_dim, len(train.classes))
     encoder.fc = nn.Sequential(norm, head)
-    network = encoder.to(device, memory_format=torch.channels_last).train()
-    size, batch_size = train.pixels.shape[-1], min(c.BATCH_SIZE, len(subset))
+    network = task.trainee.become(encoder.to(device, memory_format=torch.channels_last))
+    batch_size = min(c.BATCH_SIZE, len(subset))
     steps_per_epoch = len(train.labels) // c.BATCH_SIZE  # the remainder is dropped
     total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, warmup_of(c, steps_per_epoch)
     peak = rate * batch_size / 256
@@ -396,16 +418,24 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
         for step, index in enumerate(bar):
             images = fetch(train.pixels, index, device)
             draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
-            x = crop_resize(images, *crop_of(send(draws, device), size, size, c.CROP_AREA), size)
+            x = task.trainee.crops(images, send(draws, device), c.CROP_AREA)
+            x = x.contiguous(memory_format=torch.channels_last)  # a copy: what is replayed writes where it did before
             with autocast(device, task.precision):
-                scores = network(normalize(x).contiguous(memory_format=torch.channels_last))
+                scores = task.trainee.forward(x)
             loss = F.cross_entropy(scores.float(), send(train.labels[index], device))
             take_step(optimizer, loss, learning_rate(step, total_steps, warmup_steps, peak))
             if task.signals:
                 raise Stopped("stopped: the results so far are kept, and the same command continues from there",
                               task.signals[0])
+    norm, head = network.fc
     network.fc = fold_standardisation(head, norm.running_mean, (norm.running_var + norm.eps).sqrt())
     return network
+
+
+def crops(images: Tensor, draws: Tensor, min_area: float) -> Tensor:
+    """Random resized crops of uint8 images [N,3,S,S], as large as they are and normalised; draws: [N,CROP_DRAWS]."""
+    size = images.shape[-1]
+    return normalize(crop_resize(images, *crop_of(draws, size, size, min_area), size))
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Module, float]:

@@ -35,6 +35,8 @@ from byol import normalize, parameter_groups
 # `--demo`: what both scripts share of it; each adds its own
 DEMO = {"DATASET": "patterns", "IMAGE_SIZE": 32, "INIT": "random", "RUN": "demo"}
 
+MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
+
 # What torch.load raises for a file that is torn, foreign, or holds more than tensors and plain values
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,
               pickle.UnpicklingError)
@@ -335,6 +337,17 @@ def can_compile(device: torch.device) -> bool:
             and importlib.util.find_spec("triton") is not None
             and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
             and Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").exists())
+
+
+def compiler(device: torch.device, steps: int) -> Callable:
+    """What is done to a function before a training of so many steps: torch.compile where that pays, elsewhere nothing.
+
+    Recorded as CUDA graphs, too: a step's hundreds of kernels take longer to launch than to run.
+    """
+    if not can_compile(device) or steps < MIN_STEPS_TO_COMPILE:
+        return lambda function: function
+    say("compiling for this GPU: the first steps take a minute or two")
+    return functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:

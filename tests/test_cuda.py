@@ -211,7 +211,7 @@ def test_a_fine_tuning_step_never_waits_for_the_gpu(cuda, monkeypatch, where, pr
     monkeypatch.setattr(train_classifier, "build_optimizer", start)
     with cuda() as host:
         train = Split(images(20, where, monkeypatch), torch.zeros(20, dtype=torch.long), ["a", "b", "c"])
-        task = train_classifier.Task(c, train, None, CUDA, precision, [])
+        task = train_classifier.Task(c, train, None, CUDA, precision, [], train_classifier.Trainee())
         network = train_classifier.fine_tune(task, encoder, feature_dim, torch.arange(16), 0, 0.01)
     assert network.fc.weight.device == CUDA and network.fc.weight.grad is not None
     assert host.waits == []

@@ -19,12 +19,12 @@ import train_byol
 import train_classifier
 import utils
 from byol import normalize
-from conftest import small_encoder
+from conftest import HAS_GPU, small_encoder
 from data import Split, load_folds, load_split
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
-from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, Cell, answers_of, draw_subset, fine_tune, fit_logistic,
-                              linear_probe, pack, reestimate_batchnorm, unpack)
+from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, Cell, Trainee, answers_of, draw_subset, fine_tune,
+                              fit_logistic, linear_probe, pack, reestimate_batchnorm, unpack)
 from utils import extract_features, knn_predict, percent, read_constants, resolve_auto
 
 CPU = torch.device("cpu")
@@ -90,6 +90,46 @@ def test_both_scripts_run_on_every_device_in_every_precision(images, device, pre
     for file in ("encoder.pt", "classifier.pt"):
         weights = torch.load(f"runs/tiny/{file}", weights_only=True)
         assert all(w.device.type == "cpu" and w.isfinite().all() and w.dtype != torch.bfloat16 for w in weights.values())
+
+
+def test_compiled_fine_tuning_is_the_same_and_is_compiled_once(pretrained, monkeypatch, capsys):
+    """All trainings are replays of what the first one recorded: none asks for another compilation."""
+    compiled, compile = [], torch.compile
+
+    def traced(function, mode, dynamic):
+        compiled.append(function)
+        return compile(function, backend="eager", fullgraph=True)
+
+    assert compare() == 0
+    eager = results()["records"]
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    monkeypatch.setattr(utils, "can_compile", lambda device: True)
+    assert compare("--overwrite") == 0 and not compiled, "6 trainings of 4 steps do not win back the time"
+    monkeypatch.setattr(utils, "MIN_STEPS_TO_COMPILE", 24)
+    assert compare("--overwrite") == 0 and len(compiled) == 2 and "compiling" in capsys.readouterr().out
+    assert results()["records"] == eager
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+def test_what_a_gpu_records_of_fine_tuning_is_the_same_training(pretrained, monkeypatch):
+    argv, networks = ["--device", "cuda", "--epochs", "4", "--seeds", "0,1"], {"eager": [], "replayed": []}
+    tune = train_classifier.fine_tune
+
+    def kept(*args):
+        network = tune(*args)
+        networks[kind].append({name: value.clone() for name, value in network.state_dict().items()})
+        return network
+
+    monkeypatch.setattr(train_classifier, "fine_tune", kept)
+    for kind in networks:
+        assert compare("--overwrite", *argv) == 0
+        monkeypatch.setattr(utils, "MIN_STEPS_TO_COMPILE", 4)
+    assert len(networks["eager"]) == len(networks["replayed"]) == 4
+    for a, b in zip(*networks.values()):
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], atol=1e-2, rtol=1e-2)  # in TF32
 
 
 def test_more_seeds_and_budgets_are_added_to_a_comparison(pretrained, monkeypatch):
@@ -371,7 +411,7 @@ def test_a_rate_is_judged_by_fifths_of_the_subset_that_were_held_out(monkeypatch
     monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: pairs.append([args[3]]) or tune(*args))
     monkeypatch.setattr(train_classifier, "extract_features", lambda n, pixels, *a: pairs[-1].append(pixels) or extract(n, pixels, *a))
     c = constants("--init", "random")
-    task = train_classifier.Task(c, train, None, CPU, torch.float32, [])
+    task = train_classifier.Task(c, train, None, CPU, torch.float32, [], Trainee())
     accuracy = train_classifier.held_out_accuracy(task, Cell(0, BASELINE, 5, c.EPOCHS), 0.04)
     assert len(pairs) == folds and 0 <= accuracy <= 100
     held_out = [next(i for i in subset.tolist() if torch.equal(train.pixels[i], image)) for _, images in pairs for image in images]
@@ -489,7 +529,7 @@ def patterns(n=40):
 
 
 def task(*argv):
-    return train_classifier.Task(constants(*argv), patterns(), None, CPU, torch.float32, [])
+    return train_classifier.Task(constants(*argv), patterns(), None, CPU, torch.float32, [], Trainee())
 
 
 def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
