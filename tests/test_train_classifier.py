@@ -660,7 +660,12 @@ def test_random_labels_are_learned_at_chance(images, generator):
 # ------------------------------------------------------------------------------------------------------------- probe
 
 def test_logistic_regression_reaches_the_minimum(generator):
-    """At the optimum the gradient of the convex objective is 0; checked in fp64, on the standardised features."""
+    """At the optimum the gradient of the convex objective is 0; checked in fp64, on the standardised features.
+
+    A loss near 1 in fp32 cannot tell points whose gradient is below some sqrt(2 * 1.2e-7) = 5e-4: how far below the search
+    ends is the processor's rounding (5.5e-5 at most in 40 draws on one, 1.3e-4 in this draw on another; with three
+    iterations at least 1.3e-3).
+    """
     x = torch.randn(200, 6, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1, 1]) + 3
     labels = torch.randint(0, 3, (200,), generator=generator)
     head = fit_logistic(x, labels, classes=3, penalty=0.05)
@@ -669,7 +674,7 @@ def test_logistic_regression_reaches_the_minimum(generator):
     bias = (head.bias.double() + head.weight.double() @ mean).requires_grad_()
     loss = F.cross_entropy((x.double() - mean) / std @ weight.T + bias, labels) + 0.05 / 2 * weight.square().sum()
     gradients = torch.autograd.grad(loss, (weight, bias))
-    assert max(g.abs().max().item() for g in gradients) < 1e-4
+    assert max(g.abs().max().item() for g in gradients) < 5e-4
 
 
 def test_linear_probe_finds_what_theory_allows(generator):
