@@ -72,6 +72,7 @@ SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%",
          "rank": "rank {:.0f}"}  # in a line
 CHECKPOINT_VERSION = 3  # raised where a run that an earlier version began cannot be continued bit for bit
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
+MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
 PROBE_PENALTY = 0.1  # of the monitor's linear probe; the best of six for random and for good weights, 4,000 images
 
 
@@ -207,7 +208,7 @@ def build_model(c: SimpleNamespace) -> BYOL:
 
 def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
     """The network as it is called, and render_views: distributed over the processes, compiled where that pays."""
-    compiled = compiler(device, steps)
+    compiled = compiler(device, steps >= MIN_STEPS_TO_COMPILE)
     if dist.is_initialized():
         on_gpu = device.type == "cuda"
         if on_gpu:

@@ -72,6 +72,7 @@ OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
 RESULTS_VERSION = 2  # raised where trainings of an earlier version cannot be compared with this one's
 HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
+MIN_STEPS_TO_COMPILE = 4000  # of some 7 ms that are saved in each, where compiling takes half a minute
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm only", "with BYOL"
 FOLD = "fold"  # the budget of one of STL-10's folds
@@ -160,7 +161,10 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     with stop_signals() as signals:
         cells = {Cell(*(record[name] for name in Cell._fields)): record for record in results["records"]}
         trainings = sum(Cell(*key, c.EPOCHS) not in cells for key in product(c.SEEDS, arms, budgets))
-        trainee = Trainee(compiler(device, trainings * c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)))
+        if len(c.LEARNING_RATE) > 1:
+            trainings *= 1 + len(c.LEARNING_RATE)  # about: each rate is tried on one to five folds
+        steps = trainings * c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)
+        trainee = Trainee(compiler(device, steps >= MIN_STEPS_TO_COMPILE))
         task = Task(c, train, test, device, precision, encoders, trainee, folds, signals, features={})
         longest = max([c.EPOCHS, *(cell.epochs for cell in cells if cell.arm == arms[-1])])
         if c.overwrite:
@@ -396,9 +400,9 @@ def answers_of(records: list[dict], protocol: str, n: int) -> Tensor:
 
 def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, seed: int, rate: float,
               title: str = "") -> nn.Module:
-    """Train encoder and a new head on the images `subset`; returns the encoder with the head as its `fc`.
+    """Train encoder and a new head on the images `subset`; returns the network, with the head as its `fc`.
 
-    The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
+    It is the task's trainee, and so changes with the next training. The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
     is that of EPOCHS passes over all training images, whatever the subset. Raises Stopped when a signal asks for it.
     The head learns behind a BatchNorm without weights, as a linear probe does in He et al. 2022 (MAE, appendix A.1),
     for features that nobody trained with labels are ill scaled. In the end it is folded into the head.
@@ -409,6 +413,9 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
     encoder.fc = nn.Sequential(norm, head)
     network = task.trainee.become(encoder.to(device, memory_format=torch.channels_last))
     batch_size = min(c.BATCH_SIZE, len(subset))
+    crop, forward = crops, network
+    if batch_size == c.BATCH_SIZE:  # each other size would have to be recorded, too
+        crop, forward = task.trainee.crops, task.trainee.forward
     steps_per_epoch = len(train.labels) // c.BATCH_SIZE  # the remainder is dropped
     total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, warmup_of(c, steps_per_epoch)
     peak = rate * batch_size / 256
@@ -418,10 +425,10 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
         for step, index in enumerate(bar):
             images = fetch(train.pixels, index, device)
             draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
-            x = task.trainee.crops(images, send(draws, device), c.CROP_AREA)
+            x = crop(images, send(draws, device), c.CROP_AREA)
             x = x.contiguous(memory_format=torch.channels_last)  # a copy: what is replayed writes where it did before
             with autocast(device, task.precision):
-                scores = task.trainee.forward(x)
+                scores = forward(x)
             loss = F.cross_entropy(scores.float(), send(train.labels[index], device))
             take_step(optimizer, loss, learning_rate(step, total_steps, warmup_steps, peak))
             if task.signals:

@@ -35,8 +35,6 @@ from byol import normalize, parameter_groups
 # `--demo`: what both scripts share of it; each adds its own
 DEMO = {"DATASET": "patterns", "IMAGE_SIZE": 32, "INIT": "random", "RUN": "demo"}
 
-MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
-
 # What torch.load raises for a file that is torn, foreign, or holds more than tensors and plain values
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,
               pickle.UnpicklingError)
@@ -339,12 +337,13 @@ def can_compile(device: torch.device) -> bool:
             and Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").exists())
 
 
-def compiler(device: torch.device, steps: int) -> Callable:
-    """What is done to a function before a training of so many steps: torch.compile where that pays, elsewhere nothing.
+def compiler(device: torch.device, worth_it: bool) -> Callable:
+    """What is done to a function that is called in every step: torch.compile where that works, elsewhere nothing.
 
-    Recorded as CUDA graphs, too: a step's hundreds of kernels take longer to launch than to run.
+    Recorded as CUDA graphs, too: a step's hundreds of kernels take longer to launch than to run. worth_it: whether there
+    are steps enough to win back the time that this takes.
     """
-    if not can_compile(device) or steps < MIN_STEPS_TO_COMPILE:
+    if not worth_it or not can_compile(device):
         return lambda function: function
     say("compiling for this GPU: the first steps take a minute or two")
     return functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)

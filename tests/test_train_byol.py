@@ -254,7 +254,7 @@ def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
     monkeypatch.setattr(utils, "can_compile", lambda device: True)
     assert tiny(run="short") == 0 and not compiled, "a short run does not win back the time"
-    monkeypatch.setattr(utils, "MIN_STEPS_TO_COMPILE", 4)
+    monkeypatch.setattr(train_byol, "MIN_STEPS_TO_COMPILE", 4)
     monkeypatch.setattr(byol, "can_ask", lambda x: False)
     assert tiny(run="compiled") == 0 and len(compiled) == 2 and "compiling" in capsys.readouterr().out
     a, b = weights("eager"), weights("compiled")
@@ -266,7 +266,7 @@ def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 def test_what_a_gpu_records_and_replays_is_the_same_training(tiny, monkeypatch):
     tiny("--device", "cuda", "--epochs", "4", run="eager")
-    monkeypatch.setattr(utils, "MIN_STEPS_TO_COMPILE", 4)
+    monkeypatch.setattr(train_byol, "MIN_STEPS_TO_COMPILE", 4)
     assert tiny("--device", "cuda", "--epochs", "4", run="replayed") == 0
     a, b = weights("eager"), weights("replayed")
     for name in a:
