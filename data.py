@@ -7,10 +7,15 @@ import json
 import math
 import os
 import shutil
+import signal
 import struct
+import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from hashlib import sha256
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, NoReturn
 
@@ -34,6 +39,7 @@ CELLS = 3  # of the patchwork that each pattern image is
 PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 100_000_000  # of one image file; more is taken for a decompression bomb
+FILES_OF_A_WORKER = 500  # images, at least, that a process is started for
 MAX_BROKEN = 0.01  # share of a split's files that may fail to decode
 
 
@@ -196,17 +202,27 @@ def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[
     return map_pixels(array, size), torch.tensor(cached["kept"])
 
 
+def end_with_parent() -> None:
+    """In a process of a pool: Ctrl-C is for the parent alone, and where that is killed, nobody is left to work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def decode_files(top: Path, files: list[Path], array: Path, description: Path, size: int) -> list[int]:
     """Decode `files` in parallel into the raw file `array`; returns the indices of those that could be read."""
-    kept, broken = [], []
+    kept, broken, decode = [], [], partial(decode_image, size=size)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(files) // FILES_OF_A_WORKER)
     try:
         with (whole_file(array, f".{os.getpid()}.tmp") as out,  # another run may be decoding the same folder
-              ThreadPoolExecutor(os.cpu_count()) as pool,
+              # Half the time of a small image goes to Pillow's Python, for which threads would wait for each other.
+              ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1 else nullcontext() as pool,
               progress(total=len(files), desc=f"reading {top}", unit="image") as bar):
             description.unlink(missing_ok=True)  # never an old description beside a new array
             for start in range(0, len(files), 1024):  # so that no more than this waits in memory for the disk
                 chunk = files[start:start + 1024]
-                for index, image in enumerate(pool.map(lambda file: decode_image(file, size), chunk), start):
+                decoded = pool.map(decode, chunk, chunksize=16) if pool else map(decode, chunk)
+                for index, image in enumerate(decoded, start):
                     bar.update()
                     if isinstance(image, str):
                         broken.append(f"{files[index]} ({image})")

@@ -2,8 +2,11 @@
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +233,30 @@ def test_a_broken_image_among_many_is_skipped_and_named(tmp_path, capsys):
     train = load(root, "train")
     assert len(train.pixels) == 119 and train.labels.tolist() == [0] * 59 + [1] * 60
     assert "skipped 1 of 120" in capsys.readouterr().out
+
+
+def test_many_images_are_decoded_by_several_processes_as_by_one(tmp_path, monkeypatch, capsys):
+    root, workers, pool = write_folder(tmp_path / "images", per_class=60), [], data.ProcessPoolExecutor
+    (root / "train" / "a" / "5.png").write_bytes(b"no image")
+    one = load(root, "train").pixels.clone()
+    monkeypatch.setattr(data, "FILES_OF_A_WORKER", 40)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda n, **k: workers.append(n) or pool(n, **k))
+    os.utime(root / "train" / "a" / "0.png", ns=(1, 1))
+    several = load(root, "train").pixels
+    assert torch.equal(several, one) and capsys.readouterr().out.count("skipped 1 of 120") == 2
+    assert workers == [3]
+
+
+def test_the_processes_that_decode_end_with_the_one_that_is_killed():
+    """Else they would keep its lock on the run's folder; here they would keep its stdout, for which `run` waits."""
+    script = """
+import os, data
+pool = data.ProcessPoolExecutor(2, initializer=data.end_with_parent)
+assert pool.submit(os.getpid).result() != os.getpid()
+os.kill(os.getpid(), 9)"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(data.__file__).parent, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == -9
 
 
 def test_too_many_broken_images_end_the_run(tmp_path):
