@@ -6,6 +6,7 @@ import mmap
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -195,7 +196,8 @@ for _ in range(10):
     faults = [int(line) for line in done.stdout.split()]
     pages = (108 << 20) // mmap.PAGESIZE
     assert faults[0] > 0.7 * pages, "nearly all are new at first"
-    assert max(faults[5:]) < 0.1 * pages, f"once the heap has its size, no page is new: {faults}"
+    # It may still grow by a block in a later round, where the others have come to lie otherwise.
+    assert statistics.median(faults[1:]) == 0, f"once the heap has its size, no page is new: {faults}"
 
 
 @pytest.fixture
