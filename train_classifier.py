@@ -402,8 +402,9 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
               title: str = "") -> nn.Module:
     """Train encoder and a new head on the images `subset`; returns the network, with the head as its `fc`.
 
-    It is the task's trainee, and so changes with the next training. The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
-    is that of EPOCHS passes over all training images, whatever the subset. Raises Stopped when a signal asks for it.
+    It is the task's trainee, and so changes with the next training. The head, the order and the crops come from the seed
+    alone, so two encoders meet the same ones. The number of steps is that of EPOCHS passes over all training images,
+    whatever the subset. Raises Stopped when a signal asks for it.
     The head learns behind a BatchNorm without weights, as a linear probe does in He et al. 2022 (MAE, appendix A.1),
     for features that nobody trained with labels are ill scaled. In the end it is folded into the head.
     """
