@@ -211,6 +211,7 @@ def end_with_parent() -> None:
 def decode_files(top: Path, files: list[Path], array: Path, description: Path, size: int) -> list[int]:
     """Decode `files` in parallel into the raw file `array`; returns the indices of those that could be read."""
     kept, broken, decode = [], [], partial(decode_image, size=size)
+    # Busy ones, too, which utils.free_cores leaves out: unlike threads these processes never wait for each other.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(files) // FILES_OF_A_WORKER)
     try:

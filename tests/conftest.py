@@ -6,6 +6,7 @@ No result depends on the machine: tests state device and precision. Where one fo
 import os
 import sys
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import torch
@@ -82,6 +83,20 @@ def use_small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(script, "build_encoder", small_encoder)
     monkeypatch.setattr(plots, "save_figure", write_undrawn)
     monkeypatch.setattr(train_classifier, "PROBE_PENALTIES", train_classifier.PROBE_PENALTIES[-3:-1])
+
+
+def trace_compiled(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
+    """From here on compilation works on every device, as far as one graph of eager steps; what is compiled, as it comes."""
+    compiled, compile = [], torch.compile
+
+    def traced(function, mode, dynamic):
+        compiled.append(function)
+        return compile(function, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
+    monkeypatch.setattr(utils, "can_compile", lambda device: True)
+    return compiled
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ import torchvision
 import byol
 import train_byol
 import train_classifier
-import utils
 from byol import BYOL
-from conftest import HAS_GPU, small_encoder
+from conftest import HAS_GPU, small_encoder, trace_compiled
 from data import batch_indices, fetch, load_split
 from test_data import write_folder, write_stl10
 from utils import build_optimizer, extract_features, read_constants, resolve_auto, seeded_generator, seeded_init
@@ -244,15 +243,7 @@ def test_the_views_constants_reach_the_views(tiny, monkeypatch):
 def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
     """What is compiled on a GPU traces here, too, in one graph, on the path without questions to the host."""
     tiny(run="eager")
-    compiled, compile = [], torch.compile
-
-    def traced(function, mode, dynamic):
-        compiled.append(function)
-        return compile(function, backend="eager", fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
-    monkeypatch.setattr(utils, "can_compile", lambda device: True)
+    compiled = trace_compiled(monkeypatch)
     assert tiny(run="short") == 0 and not compiled, "a short run does not win back the time"
     monkeypatch.setattr(train_byol, "MIN_STEPS_TO_COMPILE", 4)
     monkeypatch.setattr(byol, "can_ask", lambda x: False)

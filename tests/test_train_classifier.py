@@ -19,7 +19,7 @@ import train_byol
 import train_classifier
 import utils
 from byol import normalize
-from conftest import HAS_GPU, small_encoder
+from conftest import HAS_GPU, small_encoder, trace_compiled
 from data import Split, load_folds, load_split
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
@@ -94,30 +94,24 @@ def test_both_scripts_run_on_every_device_in_every_precision(images, device, pre
 
 def test_compiled_fine_tuning_is_the_same_and_is_compiled_once(pretrained, monkeypatch, capsys):
     """What a GPU has recorded of the first training serves all: the same memory, the same graph, the same batch size."""
-    compiled, compile, moments, build = [], torch.compile, [], train_classifier.build_optimizer
-
-    def traced(function, mode, dynamic):
-        compiled.append(function)
-        return compile(function, backend="eager", fullgraph=True)
+    addresses, build = [], train_classifier.build_optimizer
 
     def seen(network, *rest):
-        moments.append([value.data_ptr() for value in network.state_dict().values()])
+        addresses.append([value.data_ptr() for value in network.state_dict().values()])
         return build(network, *rest)
 
     argv = ["--labels-per-class", "all,3", "--seeds", "0,1", "--overwrite"]  # 6 images are no batch of 8: left alone
     assert compare(*argv) == 0
     eager = results()["records"]
-    monkeypatch.setattr(torch, "compile", traced)
+    compiled = trace_compiled(monkeypatch)
     monkeypatch.setattr(train_classifier, "build_optimizer", seen)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    monkeypatch.setattr(utils, "can_compile", lambda device: True)
     assert compare(*argv) == 0 and not compiled, "8 trainings of 4 steps do not win back the time"
-    moments.clear()
+    addresses.clear()
     monkeypatch.setattr(train_classifier, "MIN_STEPS_TO_COMPILE", 32)
     assert compare(*argv) == 0 and len(compiled) == 2 and "compiling" in capsys.readouterr().out
     assert results()["records"] == eager
-    assert len(moments) == 8 and all(moment == moments[0] for moment in moments)
+    assert len(addresses) == 8 and all(of_one == addresses[0] for of_one in addresses)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
