@@ -76,7 +76,7 @@ def write_undrawn(figure: Figure, path: Path) -> None:
 
 
 def use_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both scripts train the small encoder, write their figures undrawn, and probe with two penalties of eight."""
+    """Both scripts train the small encoder, write their figures undrawn, and probe with two penalties of five."""
     import train_byol
     import train_classifier
     for script in (train_byol, train_classifier):

@@ -687,3 +687,30 @@ def test_linear_probe_finds_what_theory_allows(generator):
     probe, penalty = linear_probe(x[:2000], labels[:2000], 2, seed=0)
     right = (probe(x[2000:]).argmax(1) == labels[2000:]).float().mean().item()
     assert abs(right - 0.8413) < 4 * math.sqrt(0.84 * 0.16 / 4000) and penalty in train_classifier.PROBE_PENALTIES
+
+
+def test_the_probes_penalty_is_judged_by_every_image_once_held_out(monkeypatch):
+    """And the one that gets most of them right is taken."""
+    labels, asked = torch.arange(50) % 5, []
+    features = torch.arange(50.0)[:, None]  # an image's feature is its number
+    right_for = {penalty: 2 + 4 * i for i, penalty in enumerate(train_classifier.PROBE_PENALTIES)}
+    best = train_classifier.PROBE_PENALTIES[2]
+    right_for[best] = 20
+
+    def fit(x, y, classes, penalty):
+        assert torch.equal(labels[x[:, 0].long()], y)
+
+        def probe(queries):
+            number = queries[:, 0].long()
+            asked.append((penalty, x[:, 0].tolist(), number.tolist()))
+            return F.one_hot(torch.where(number < right_for[penalty], labels[number], (labels[number] + 1) % classes), classes)
+        return probe
+
+    monkeypatch.setattr(train_classifier, "fit_logistic", fit)
+    _, penalty = linear_probe(features, labels, 5, seed=0)
+    assert penalty == best
+    for penalty in right_for:
+        of_penalty = [(set(fitted), held_out) for p, fitted, held_out in asked if p == penalty]
+        assert sorted(i for _, held_out in of_penalty for i in held_out) == list(range(50))
+        assert all(len(fitted) == 40 and not fitted & set(held_out) for fitted, held_out in of_penalty)
+        assert all(labels[held_out].bincount().tolist() == [2] * 5 for _, held_out in of_penalty)
