@@ -379,7 +379,7 @@ def open_results(path: Path, c: SimpleNamespace, where: dict, inputs: dict[str, 
                 "trials": [], "records": []}
     results = read_json(path, "inputs")
     if results.get("version") != RESULTS_VERSION:
-        raise UserError(f"{path} is of another version of this code, which trains otherwise: use --overwrite to "
+        raise UserError(f"{path} is of another version of this code, which measures otherwise: use --overwrite to "
                         "compare anew")
     for name in results["inputs"].keys() & inputs.keys():  # BYOL's arm may be new
         if results["inputs"][name] != inputs[name]:
