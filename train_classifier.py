@@ -70,7 +70,7 @@ AUTO = {"EPOCHS": (40, 10)}  # where INIT is random, and where it is not
 FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "CONTROLS", "FOLDS", "EPOCHS"}  # between calls
 OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
-RESULTS_VERSION = 3  # raised where trainings of an earlier version cannot be compared with this one's
+RESULTS_VERSION = 3  # raised where what an earlier version measured cannot be compared with this one's
 HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
 MIN_STEPS_TO_COMPILE = 4000  # of some 7 ms that are saved in each, where compiling takes half a minute
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
@@ -457,9 +457,11 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> t
     The penalty is the best of PROBE_PENALTIES on all fifths, each held out in turn (one alone is too few images to
     choose by); then all images are used.
     """
+    folds = fifths(labels, seed)
+
     def right_answers(penalty):
         return sum((fit_logistic(features[fit], labels[fit], classes, penalty)(features[held_out]).argmax(dim=1)
-                    == labels[held_out]).sum().item() for fit, held_out in fifths(labels, seed))
+                    == labels[held_out]).sum().item() for fit, held_out in folds)
 
     penalty = max(reversed(PROBE_PENALTIES), key=right_answers)  # of equals the strongest
     return fit_logistic(features, labels, classes, penalty), penalty
