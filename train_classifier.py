@@ -17,6 +17,7 @@ import copy
 import math
 import sys
 import textwrap
+import time
 from functools import partial
 from hashlib import sha256
 from itertools import product
@@ -427,6 +428,7 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
     peak = rate * batch_size / 256
     optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY, "fc", c.HEAD_RATE)
     order = batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)
+    began = told = time.monotonic()
     with progress((subset[index] for index in order), total=total_steps, desc=title, unit="step") as bar:
         for step, index in enumerate(bar):
             images = fetch(train.pixels, index, device)
@@ -437,6 +439,9 @@ def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, 
                 scores = forward(x)
             loss = F.cross_entropy(scores.float(), send(train.labels[index], device))
             take_step(optimizer, loss, learning_rate(step, total_steps, warmup_steps, peak))
+            if bar.disable and (now := time.monotonic()) - told > 60:  # where no terminal shows it, a line now and then
+                told, left = now, (now - began) / (step + 1) * (total_steps - step - 1) / 60
+                print(f"{title}: step {step + 1:,} of {total_steps:,}  {left:.0f} min left", flush=True)
             if task.signals:
                 raise Stopped("stopped: the results so far are kept, and the same command continues from there",
                               task.signals[0])

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -572,6 +573,14 @@ def test_a_smaller_budget_takes_as_many_steps_and_only_its_own_images(monkeypatc
     encoder, feature_dim = small_encoder("", "random", 0)
     fine_tune(task(), encoder, feature_dim, torch.tensor([3, 5, 9, 11, 20]), 0, 0.04)
     assert len(batches) == 2 * 5 and all(sorted(batch) == [3, 5, 9, 11, 20] for batch in batches)
+
+
+def test_where_no_terminal_shows_its_bar_a_long_fine_tuning_says_each_minute_how_far_it_is(monkeypatch, capsys):
+    clock = (25 * i for i in range(100))  # seconds at each look
+    monkeypatch.setattr(train_classifier, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    fine_tune(task(), *small_encoder("", "random", 0), ALL, 0, 0.04, "seed 0")
+    assert capsys.readouterr().out.splitlines() == [
+        f"seed 0: step {step} of 10  {left} min left" for step, left in ((3, 3), (6, 2), (9, 0))]
 
 
 def test_identical_encoders_gain_exactly_nothing(pretrained, monkeypatch):
