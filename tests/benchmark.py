@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, VIEW_DRAWS, send, two_views  # noqa: E402
 from data import batch_indices, cached_pixels, fetch, image_files, place  # noqa: E402
 from train_byol import prepare, train_step  # noqa: E402
-from utils import (build_encoder, build_optimizer, can_compile, hardware_name, keep_freed_memory,  # noqa: E402
-                   seeded_generator, seeded_init, select_device, select_precision)
+from utils import (Convolution, build_encoder, build_optimizer, can_compile, hardware_name,  # noqa: E402
+                   keep_freed_memory, seeded_generator, seeded_init, select_device, select_precision)
 
 
 class TwoViews(Dataset):
@@ -147,6 +147,9 @@ def main() -> None:
 
     def measure_common():
         model, optimizer = build(torch.contiguous_format)
+        for module in model.modules():
+            if isinstance(module, Convolution):
+                module.__class__ = nn.Conv2d
         loader = DataLoader(TwoViews(files or pixels, size), batch_size, shuffle=True, num_workers=os.cpu_count(),
                             drop_last=True, pin_memory=device.type == "cuda", persistent_workers=True)
         batches = itertools.chain.from_iterable(loader for _ in itertools.count())

@@ -342,6 +342,53 @@ def test_encoder_from_a_weights_file_with_or_without_classifier(tmp_path):
         assert all(torch.equal(encoder.state_dict()[k], network.state_dict()[k]) for k in encoder.state_dict())
 
 
+@pytest.mark.parametrize("size, kernel, stride, padding", [(1, 3, 1, 1), (2, 3, 2, 1), (4, 3, 1, 1), (3, 3, 2, 1), (4, 1, 2, 0),
+                                                           (4, (3, 1), (1, 2), (1, 0)), (4, (1, 3), (2, 1), (0, 1))])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_convolution_of_small_maps_has_torchs_gradients(size, kernel, stride, padding, memory_format, generator):
+    ours, torchs = (cls(4, 6, kernel, stride, padding, bias=False) for cls in (utils.Convolution, nn.Conv2d))
+    ours.load_state_dict(torchs.state_dict())
+    x = torch.randn(3, 4, size, size, generator=generator, dtype=torch.float64)
+    results = []
+    for convolution in (ours, torchs):
+        convolution.to(torch.float64, memory_format=memory_format)
+        of = x.contiguous(memory_format=memory_format).requires_grad_()
+        y = convolution(of)
+        (y.square() * torch.arange(y.numel()).view_as(y)).sum().backward()  # no two places alike
+        results.append((y, of.grad, convolution.weight.grad))
+        assert ("SmallMaps" in y.grad_fn.name()) == (convolution is ours)
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_small_maps_are_convolved_our_way_on_a_cpu_in_fp32_alone(where):
+    device, (encoder, _) = torch.device(where), build_encoder("resnet18", "random", 0)
+    used, names = set(), {module: name for name, module in encoder.to(device).named_modules()}
+
+    def look(module, _, y):
+        if "SmallMaps" in y.grad_fn.name():
+            used.add(names[module])
+
+    for module in encoder.modules():
+        module.register_forward_hook(look)
+    x = torch.zeros(2, 3, 64, 64, device=device)
+    encoder(x)
+    later = {f"layer{n}.{b}.conv{c}" for n in (3, 4) for b in (0, 1) for c in (1, 2)} | {"layer4.0.downsample.0"}
+    assert used == (later - {"layer3.0.conv1"} if where == "cpu" else set())  # what sees 4x4 pixels or fewer
+    used.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(x)
+    assert not used
+
+
+def test_grouped_convolutions_stay_torchs():
+    encoder, _ = build_encoder("resnext50_32x4d", "random", 0)
+    encoder(torch.zeros(2, 3, 32, 32)).sum().backward()
+    kinds = {(module.groups > 1, type(module)) for module in encoder.modules() if isinstance(module, nn.Conv2d)}
+    assert kinds == {(True, nn.Conv2d), (False, utils.Convolution)}
+
+
 def test_an_unknown_encoder_is_named_with_the_nearest():
     with pytest.raises(UsageError, match="ENCODER 'resnet19' is unknown: did you mean 'resnet1"):
         build_encoder("resnet19", "random", 0)
