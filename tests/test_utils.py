@@ -346,13 +346,14 @@ def test_encoder_from_a_weights_file_with_or_without_classifier(tmp_path):
                                                            (4, (3, 1), (1, 2), (1, 0)), (4, (1, 3), (2, 1), (0, 1))])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_a_convolution_of_small_maps_has_torchs_gradients(size, kernel, stride, padding, memory_format, generator):
-    ours, torchs = (cls(4, 6, kernel, stride, padding, bias=False) for cls in (utils.Convolution, nn.Conv2d))
+    with seeded_init(0, "convolution"):
+        ours, torchs = (cls(4, 6, kernel, stride, padding, bias=False) for cls in (utils.Convolution, nn.Conv2d))
     ours.load_state_dict(torchs.state_dict())
     x = torch.randn(3, 4, size, size, generator=generator, dtype=torch.float64)
     results = []
     for convolution in (ours, torchs):
         convolution.to(torch.float64, memory_format=memory_format)
-        of = x.contiguous(memory_format=memory_format).requires_grad_()
+        of = x.clone(memory_format=memory_format).requires_grad_()  # a leaf of its own, with a gradient of its own
         y = convolution(of)
         (y.square() * torch.arange(y.numel()).view_as(y)).sum().backward()  # no two places alike
         results.append((y, of.grad, convolution.weight.grad))
