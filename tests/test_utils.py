@@ -362,8 +362,28 @@ def test_a_convolution_of_small_maps_has_torchs_gradients(size, kernel, stride, 
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("where", ["cpu", "meta"])
-def test_small_maps_are_convolved_our_way_on_a_cpu_in_fp32_alone(where):
+def test_a_convolution_of_small_maps_has_torchs_gradients_in_bf16(generator):
+    with seeded_init(0, "convolution"):
+        ours, torchs = (cls(64, 32, 3, 1, 1, bias=False) for cls in (utils.Convolution, nn.Conv2d))
+    ours.load_state_dict(torchs.state_dict())
+    x, scale = torch.randn(16, 64, 2, 2, generator=generator), torch.randn(16, 32, 2, 2, generator=generator)
+    results = []
+    for convolution in (ours, torchs):
+        of = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = convolution(of)
+        assert y.dtype == torch.bfloat16
+        (y * scale).sum().backward()
+        results.append((y, of.grad, convolution.weight.grad))
+        assert ("SmallMaps" in y.grad_fn.name()) == (convolution is ours)
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, atol=0.02 * theirs.std().item(), rtol=0.02)
+
+
+@pytest.mark.parametrize("where, precision, capability, ours", [
+    ("cpu", "fp32", "AVX2", True), ("cpu", "fp32", "AVX512", False), ("cpu", "bf16", "AVX512", True), ("meta", "bf16", "AVX2", False)])
+def test_small_maps_are_convolved_our_way_where_that_is_faster(where, precision, capability, ours, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     device, (encoder, _) = torch.device(where), build_encoder("resnet18", "random", 0)
     used, names = set(), {module: name for name, module in encoder.to(device).named_modules()}
 
@@ -373,14 +393,10 @@ def test_small_maps_are_convolved_our_way_on_a_cpu_in_fp32_alone(where):
 
     for module in encoder.modules():
         module.register_forward_hook(look)
-    x = torch.zeros(2, 3, 64, 64, device=device)
-    encoder(x)
+    with utils.autocast(torch.device("cpu"), utils.select_precision(precision, device)):
+        encoder(torch.zeros(2, 3, 64, 64, device=device))
     later = {f"layer{n}.{b}.conv{c}" for n in (3, 4) for b in (0, 1) for c in (1, 2)} | {"layer4.0.downsample.0"}
-    assert used == (later - {"layer3.0.conv1"} if where == "cpu" else set())  # what sees 4x4 pixels or fewer
-    used.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        encoder(x)
-    assert not used
+    assert used == (later - {"layer3.0.conv1"} if ours else set())  # what sees 4x4 pixels or fewer
 
 
 def test_grouped_convolutions_stay_torchs():
