@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from byol import send
 from runs import whole_file, write_json
-from utils import CannotWrite, UserError, one_line, progress, seeded_generator
+from utils import CannotWrite, UserError, one_line, progress, say, seeded_generator
 
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
@@ -214,6 +214,7 @@ def decode_files(top: Path, files: list[Path], array: Path, description: Path, s
     # Busy ones, too, which utils.free_cores leaves out: unlike threads these processes never wait for each other.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(files) // FILES_OF_A_WORKER)
+    say(f"decoding {len(files):,} images of {top}, once")
     try:
         with (whole_file(array, f".{os.getpid()}.tmp") as out,  # another run may be decoding the same folder
               # Half the time of a small image goes to Pillow's Python, for which threads would wait for each other.

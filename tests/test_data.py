@@ -196,11 +196,12 @@ def test_links_to_folders_are_followed(tmp_path):
     assert image_files(tmp_path / "top") == [tmp_path / "top" / "link" / "a.png", tmp_path / "top" / "shown" / "b.png"]
 
 
-def test_folder_is_decoded_once(tmp_path, monkeypatch):
+def test_folder_is_decoded_once_and_says_so(tmp_path, monkeypatch, capsys):
     root = write_folder(tmp_path / "images")
     first = load(root, "train")
+    assert capsys.readouterr().out == f"decoding 6 images of {root / 'train'}, once\n"
     monkeypatch.setattr(data, "decode_image", lambda *a: pytest.fail("decoded again"))
-    assert torch.equal(load(root, "train").pixels, first.pixels)
+    assert torch.equal(load(root, "train").pixels, first.pixels) and not capsys.readouterr().out
 
 
 def test_cache_follows_the_files_and_the_size(tmp_path):
