@@ -1,7 +1,8 @@
 """Shared by the tests: the scripts are imported from the repository, and every test runs in a folder of its own.
 
 No result depends on the machine: tests state device and precision. Where one forgets, TEST_BF16 shows it: with 0 or 1
-`auto` finds a CPU without or with bf16, in every process that imports this file, so that the tests run as on either kind.
+`auto` finds a CPU without or with bf16, in every process that imports this file, so that the tests run as on either kind;
+with 0 it is one without AVX512, too.
 """
 import os
 import sys
@@ -27,6 +28,8 @@ if TEST_BF16 is not None:
     if TEST_BF16 not in ("0", "1"):
         raise ValueError(f"TEST_BF16 is {TEST_BF16!r}: it must be 0 or 1, or not be set")
     utils.has_native_bf16 = lambda device: TEST_BF16 == "1" if device.type == "cpu" else has_native_bf16(device)
+    if TEST_BF16 == "0":
+        torch.backends.cpu.get_cpu_capability = lambda: "AVX2"
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.device_count() > 0  # a stand-in may replace the first
 
@@ -56,7 +59,7 @@ def small_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
     """Stands in for utils.build_encoder where a test needs a network that learns, but not a ResNet18's time."""
     with seeded_init(seed, "encoder"):
         encoder = nn.Sequential()
-        encoder.conv = nn.Conv2d(3, 16, 3, stride=2)
+        encoder.conv = utils.Convolution(3, 16, 3, stride=2)
         encoder.bn = nn.BatchNorm2d(16)
         encoder.relu = nn.ReLU()
         encoder.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())

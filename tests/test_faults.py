@@ -477,7 +477,7 @@ train_byol.build_encoder = small_encoder
 sys.exit(train_byol.main({["--dataset", "images", *TINY, "--epochs", "400"]}))"""],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     lines = [process.stdout.readline() for _ in range(3)]
-    assert [line.split()[0] for line in lines] == ["decoding", "decoding", "BYOL:"]
+    assert [line.partition(" ")[0] for line in lines] == ["decoding", "decoding", "BYOL:"]
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
 
