@@ -40,5 +40,6 @@ def test_pictures_and_files_that_the_readme_names_exist():
         assert (ROOT / target).exists(), target
 
 
-def test_the_snippet_that_takes_the_encoder_away_is_python():
-    compile(re.search(r"```python\n(.*?)```", README, re.S).group(1), "README.md", "exec")
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_snippets_are_python(snippet):
+    compile(snippet, "README.md", "exec")
