@@ -46,10 +46,10 @@ PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
 EPOCHS = 10  # passes over the unlabeled images
 BATCH_SIZE = 256  # images a step, over all GPUs together
-OPTIMIZER = "auto"  # sgd (momentum 0.9) or adamw; auto: sgd, if INIT is random adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 2.5e-4
+OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
+LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.2
 PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns; auto: 1, if INIT is random 10
-WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 1e-2
+WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 5e-4
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
 BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1; auto: 1, if INIT is random 0.996
 SEED = 0  # of the weights, the order of the images and the views
@@ -66,8 +66,7 @@ DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, O
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
-    "OPTIMIZER": ("adamw", "sgd"), "LEARNING_RATE": (2.5e-4, 0.1), "PREDICTOR_RATE": (10.0, 1.0),
-    "WEIGHT_DECAY": (1e-2, 0.0), "BASE_DECAY": (0.996, 1.0)}
+    "LEARNING_RATE": (0.2, 0.1), "PREDICTOR_RATE": (10.0, 1.0), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.996, 1.0)}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%",
          "rank": "rank {:.0f}"}  # in a line
 CHECKPOINT_VERSION = 4  # raised where a run that an earlier version began cannot be continued bit for bit
@@ -265,10 +264,10 @@ def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
 
 
 def check_optimizer(c: SimpleNamespace) -> None:
-    """Raise UsageError for a constant that is left to "auto", which is for the other optimizer."""
-    left = [name for name in ("LEARNING_RATE", "PREDICTOR_RATE", "WEIGHT_DECAY") if getattr(c, name) == "auto"]
-    if left and c.OPTIMIZER == AUTO["OPTIMIZER"][c.INIT == "random"]:
-        raise UsageError(f"OPTIMIZER is {c.OPTIMIZER}, but auto is for the other one: give {' and '.join(left)}, too")
+    """Raise UsageError for a constant that is left to "auto", which is for SGD, where that is not the optimizer."""
+    left = [name for name in ("LEARNING_RATE", "WEIGHT_DECAY") if getattr(c, name) == "auto"]
+    if left and c.OPTIMIZER == "adamw":
+        raise UsageError(f"OPTIMIZER is adamw, but auto is for sgd: give {' and '.join(left)}, too")
 
 
 def check_constants(c: SimpleNamespace) -> None:

@@ -26,8 +26,8 @@ from utils import build_optimizer, extract_features, read_constants, resolve_aut
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
         "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32",
-        "--optimizer", "sgd", "--learning-rate", "0.2", "--predictor-rate", "1", "--weight-decay", "5e-4"]
-DEFAULT_STEPS = ["--optimizer", "auto", "--learning-rate", "auto", "--predictor-rate", "auto", "--weight-decay", "auto"]
+        "--learning-rate", "0.2", "--predictor-rate", "1", "--weight-decay", "5e-4"]
+ADAMW = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--predictor-rate", "10", "--weight-decay", "1e-2"]
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def test_runs_are_decided_by_the_seed(tiny):
     assert without_timings("a") == without_timings("b")
 
 
-@pytest.mark.parametrize("argv", [["--precision", "fp32"], ["--precision", "bf16"], DEFAULT_STEPS],
-                         ids=["fp32", "bf16", "default steps"])
+@pytest.mark.parametrize("argv", [["--precision", "fp32"], ["--precision", "bf16"], ADAMW],
+                         ids=["fp32", "bf16", "adamw"])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_after, argv):
     """SIGTERM at any step: a checkpoint, exit 143; the same command then ends where an uninterrupted run does."""
@@ -158,7 +158,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
     (["--batch-size", "21"], 2, "BATCH_SIZE is 21, but there are only 20 images"), (["--batch-size", "1"], 2, "BATCH_SIZE is 1"),
     (["--epochs", "0"], 2, "EPOCHS is 0"), (["--image-size", "8"], 2, "IMAGE_SIZE is 8"),
     (["--learning-rate", "nan"], 2, "LEARNING_RATE is nan"), (["--optimizer", "adam"], 2, "did you mean 'adamw'"),
-    (["--learning-rate", "auto", "--weight-decay", "auto"], 2, "give LEARNING_RATE and WEIGHT_DECAY, too"), (["--predictor-rate", "-1"], 2, "PREDICTOR_RATE is -1"),
+    (["--optimizer", "adamw", "--learning-rate", "auto", "--weight-decay", "auto"], 2, "give LEARNING_RATE and WEIGHT_DECAY, too"),
+    (["--predictor-rate", "-1"], 2, "PREDICTOR_RATE is -1"),
     (["--run", "../x"], 2, "RUN '../x'"), (["--dataset", "nowhere"], 1, "DATASET 'nowhere'"),
     (["--device", f"cuda:{torch.cuda.device_count()}"], 1, "DEVICE 'cuda:")])
 def test_mistakes_end_in_one_line(tiny, capsys, argv, status, message):
