@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
         "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32",
         "--learning-rate", "0.2", "--predictor-rate", "1", "--weight-decay", "5e-4"]
+DEFAULT_STEPS = ["--learning-rate", "auto", "--predictor-rate", "auto", "--weight-decay", "auto"]
 ADAMW = ["--optimizer", "adamw", "--learning-rate", "1e-3", "--predictor-rate", "10", "--weight-decay", "1e-2"]
 
 
@@ -98,8 +99,8 @@ def test_runs_are_decided_by_the_seed(tiny):
     assert without_timings("a") == without_timings("b")
 
 
-@pytest.mark.parametrize("argv", [["--precision", "fp32"], ["--precision", "bf16"], ADAMW],
-                         ids=["fp32", "bf16", "adamw"])
+@pytest.mark.parametrize("argv", [["--precision", "fp32"], ["--precision", "bf16"], DEFAULT_STEPS, ADAMW],
+                         ids=["fp32", "bf16", "default steps", "adamw"])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_after, argv):
     """SIGTERM at any step: a checkpoint, exit 143; the same command then ends where an uninterrupted run does."""
