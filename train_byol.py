@@ -41,7 +41,7 @@ JITTER = "auto"  # strength of the colour jitter, as a multiple of the paper's; 
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
 BATCHNORM = "auto"  # of the encoder: batch, or frozen: the statistics of INIT; auto: frozen, if INIT is random batch
-HIDDEN_DIM = 4096  # width of projector and predictor
+HIDDEN_DIM = "auto"  # width of projector and predictor; auto: 4096, if INIT is random 1024
 PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
 EPOCHS = 10  # passes over the unlabeled images
@@ -65,7 +65,7 @@ DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, O
                    PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
-    "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"),
+    "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"), "HIDDEN_DIM": (1024, 4096),
     "LEARNING_RATE": (0.2, 0.1), "PREDICTOR_RATE": (10.0, 1.0), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.996, 1.0)}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%",
          "rank": "rank {:.0f}"}  # in a line

@@ -54,6 +54,12 @@ def weights(run):
     return torch.load(f"runs/{run}/encoder.pt", weights_only=True)
 
 
+def first_model():
+    """BYOL as `tiny` begins it."""
+    resolve_auto(c := read_constants(vars(train_byol), TINY), train_byol.AUTO)
+    return train_byol.build_model(c)
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -85,7 +91,7 @@ def test_the_encoder_loads_into_plain_torchvision_and_gives_the_trained_features
     assert sorted(missing) == ["fc.bias", "fc.weight"] and unexpected == []
     network.fc = torch.nn.Identity()
     state = torch.load("runs/byol/checkpoint.pt", weights_only=True)
-    model = train_byol.build_model(read_constants(vars(train_byol), TINY))
+    model = first_model()
     model.load_state_dict(state["model"])
     pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     exported, trained = (extract_features(e.to(memory_format=torch.channels_last), pixels, torch.device("cpu"),
@@ -351,7 +357,7 @@ def test_a_target_that_never_moves_is_the_first_network(tiny):
     """BASE_DECAY 1: the encoder learns to predict, across views, what it was in the beginning."""
     assert tiny("--base-decay", "1", "--learning-rate", "5") == 0
     state = torch.load("runs/tiny/checkpoint.pt", weights_only=True)["model"]
-    first = train_byol.build_model(read_constants(vars(train_byol), TINY))
+    first = first_model()
     for name, p in first.named_parameters():
         if name.startswith("target"):
             assert torch.equal(state[name], p), name
