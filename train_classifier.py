@@ -133,6 +133,8 @@ def run(c: SimpleNamespace) -> None:
         raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} do not take the runs {c.RUN} equally often: of "
                          f"{len(turns)} runs, seed s takes that of number s modulo {len(turns)}, counted from 0")
     folder = run_folder(*c.RUN.split(","))
+    if not encoders:
+        print(f"there is no pretraining in {folder}: this is the half without BYOL", flush=True)
     with only_writer(folder):
         compare(c, folder, encoders)
 
@@ -167,7 +169,6 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
         steps = trainings * c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)
         trainee = Trainee(compiler(device, steps >= MIN_STEPS_TO_COMPILE))
         task = Task(c, train, test, device, precision, encoders, trainee, folds, signals, features={})
-        longest = max([c.EPOCHS, *(cell.epochs for cell in cells if cell.arm == arms[-1])])
         if c.overwrite:
             save()
             c.began_anew = True
@@ -176,7 +177,8 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
             start = build_arm(task, arm, seed) if missing else ()
             for cell in missing:
                 record, network = train_cell(task, cell, *start, choose_rate(task, cell, results["trials"], save))
-                if cell == (c.SEEDS[0], arms[-1], budgets[-1], longest):
+                if arm == arms[-1] and all(effort(cell, train) > effort(other, train) for other in cells
+                                            if other.arm == arm):
                     save_torch(folder / "classifier.pt", plain_state_dict(network))
                 results["records"].append(record)
                 cells[cell] = record
@@ -188,7 +190,7 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
     if not encoders:
         same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", "DATA_ROOT", *OF_THE_RUN) if name in c.given]
         command = " ".join(["python train_byol.py", *["--demo"] * c.demo, *same])
-        print(f"\nThis is the half without BYOL. For the other: {command}, then this command again.")
+        print(f"\nFor the half with BYOL: {command}, then this command again.")
 
 
 def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split:
@@ -333,6 +335,16 @@ def draw_subset(labels: Tensor, per_class: int | str, seed: int) -> Tensor:
         return torch.arange(len(labels))
     order = torch.randperm(len(labels), generator=seeded_generator(seed, "labels"))
     return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
+
+
+def per_class(labels: int | str, train: Split) -> float:
+    """Images of each class that a budget pays, on average."""
+    return {"all": len(train.labels), FOLD: 1000}[labels] / len(train.classes) if isinstance(labels, str) else labels
+
+
+def effort(cell: Cell, train: Split) -> tuple[float, int]:
+    """What decides whose network is kept: the labelled images, then the epochs."""
+    return per_class(cell.labels, train), cell.epochs
 
 
 def adopt_runs(c: SimpleNamespace) -> list[Path]:
@@ -498,7 +510,7 @@ def report(task: Task, folder: Path, results: dict, cells: dict[Cell, dict], arm
     plot_comparison(folder / "comparison.png", summary[str(budgets[-1])], PROTOCOLS, arms,
                     label_text(budgets[-1]) + "\n" + caption(c))
     if len(budgets) > 1:
-        sizes = [len(task.train.labels) / len(test.classes) if labels == "all" else labels for labels in budgets]
+        sizes = [per_class(labels, task.train) for labels in budgets]
         panels = {protocol: {arm: [summary[str(labels)][protocol][arm] for labels in budgets] for arm in arms}
                   for protocol in PROTOCOLS}
         plot_lines(folder / "label_efficiency.png", panels, sizes, "labelled images a class", caption(c))

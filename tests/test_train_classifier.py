@@ -220,7 +220,7 @@ def test_stl10s_folds_are_the_labelled_subsets(tmp_path, small, monkeypatch, cap
     folds = load_folds("data", 20)
     assert subsets == [fold.tolist() for fold in folds]
     assert [(r["seed"], r["labels"]) for r in results()["records"]] == [(fold, "fold") for fold in range(10)]
-    out = capsys.readouterr().out.partition("This is the half")[0]
+    out = capsys.readouterr().out.partition("For the half")[0]
     assert "over folds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in out and max(map(len, out.splitlines())) <= 80
     subsets.clear()
     assert compare(*argv, "--seeds", "4", "--overwrite") == 0 and subsets == [folds[4].tolist()]
@@ -318,8 +318,10 @@ def test_an_interrupted_comparison_goes_on_at_the_first_missing_arm(pretrained, 
 
 def test_without_a_run_the_baseline_is_trained_and_the_other_half_explained(images, capsys):
     assert compare("--dataset", "images", "--image-size", "16", "--init", "random", "--seeds", "0") == 0
-    out = capsys.readouterr().out
-    assert "python train_byol.py --run tiny" in out and WITH_BYOL not in out and BASELINE in out
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "there is no pretraining in runs/tiny: this is the half without BYOL", "before anything is trained"
+    table, last = "\n".join(rest[:-1]), rest[-1]
+    assert "python train_byol.py --run tiny" in last and WITH_BYOL not in table and BASELINE in table
     assert [r["arm"] for r in results()["records"]] == [BASELINE]
 
 
@@ -438,7 +440,10 @@ def test_other_lengths_are_kept_beside_and_drawn_against_the_steps(pretrained, m
     assert panels["all labels"][WITH_BYOL] == [[r["fine-tuning"] for r in results()["records"] if
                                                 (r["arm"], r["epochs"]) == (WITH_BYOL, epochs)] for epochs in (2, 4)]
     assert compare("--seeds", "0", "--epochs", "1") == 0, "a shorter one leaves the network of the longest"
+    assert compare("--seeds", "1,2", "--epochs", "4") == 0, "and so do other seeds"
+    assert compare("--seeds", "0", "--epochs", "8", "--labels-per-class", "2") == 0, "and fewer labels"
     assert (pretrained / "classifier.pt").read_bytes() == classifier
+    assert compare("--seeds", "0", "--epochs", "8") == 0 and (pretrained / "classifier.pt").read_bytes() != classifier
 
 
 def test_the_classifier_that_is_kept_is_byols_though_the_baseline_was_trained_longer(images):
