@@ -45,9 +45,9 @@ HIDDEN_DIM = "auto"  # width of projector and predictor; auto: 4096, if INIT is 
 PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
 EPOCHS = 10  # passes over the unlabeled images
-BATCH_SIZE = 256  # images a step, over all GPUs together
+BATCH_SIZE = "auto"  # images a step, over all GPUs together; auto: 256, if INIT is random 64
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.05
+LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.2
 PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns; auto: 1, if INIT is random 10
 WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 5e-4
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
@@ -66,7 +66,8 @@ DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, O
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"), "HIDDEN_DIM": (1024, 4096),
-    "LEARNING_RATE": (0.05, 0.1), "PREDICTOR_RATE": (10.0, 1.0), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.996, 1.0)}
+    "BATCH_SIZE": (64, 256), "LEARNING_RATE": (0.2, 0.1), "PREDICTOR_RATE": (10.0, 1.0), "WEIGHT_DECAY": (5e-4, 0.0),
+    "BASE_DECAY": (0.996, 1.0)}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%",
          "rank": "rank {:.0f}"}  # in a line
 CHECKPOINT_VERSION = 4  # raised where a run that an earlier version began cannot be continued bit for bit
