@@ -346,11 +346,22 @@ def test_auto_is_what_help_says_it_is(script, init):
     resolve_auto(c, script.AUTO)
     source = Path(script.__file__).read_text()
     for name in script.AUTO:
-        of_others, of_random = re.search(rf'^{name} = "auto"  # .*auto: (\S+), if INIT is random (\S+)$', source, re.M).groups()
+        of_others, of_random = re.search(rf'^{name} = "auto"  # .*auto: (\S+), if INIT is random (\S+?)(?:, .*)?$', source, re.M).groups()
         assert getattr(c, name) == type(getattr(c, name))(of_random if init == "random" else of_others)
     c = read_constants(vars(train_byol), ["--init", init, "--learning-rate", "0.3", "--base-decay", "0.5", "--batchnorm", "batch"])
     resolve_auto(c, train_byol.AUTO)
     assert (c.LEARNING_RATE, c.BASE_DECAY, c.BATCHNORM) == (0.3, 0.5, "batch")
+
+
+@pytest.mark.parametrize("flags, rate", [(["random", "--image-size", "64"], 0.05), (["random", "--image-size", "63"], 0.2),
+                                         (["first.pt", "--image-size", "63"], 0.1),
+                                         (["random", "--image-size", "63", "--learning-rate", "0.3"], 0.3)])
+def test_small_images_bear_a_higher_rate_from_random_weights(flags, rate, monkeypatch):
+    resolved = []
+    monkeypatch.setattr(train_byol, "check_constants", lambda c: resolved.append(c.LEARNING_RATE) or sys.exit())
+    with pytest.raises(SystemExit):
+        train_byol.main(["--init", *flags])
+    assert resolved == [rate]
 
 
 def test_a_target_that_never_moves_is_the_first_network(tiny):
