@@ -275,7 +275,7 @@ def check_optimizer(c: SimpleNamespace) -> None:
 def resolve_rate(c: SimpleNamespace) -> None:
     """Give LEARNING_RATE, where it is "auto", the higher rate that small images bear from random weights.
 
-    Encoders fine-tune better by it; at 64 px they no longer do, and its frozen features are worse (README.md).
+    Encoders fine-tune better by it, though frozen features are worse; at 64 px only the latter was seen (README.md).
     """
     if c.LEARNING_RATE == "auto" and c.INIT == "random" and c.IMAGE_SIZE < 64:
         c.LEARNING_RATE = 0.2

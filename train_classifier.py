@@ -337,14 +337,14 @@ def draw_subset(labels: Tensor, per_class: int | str, seed: int) -> Tensor:
     return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
 
 
-def per_class(labels: int | str, train: Split) -> float:
+def images_per_class(labels: int | str, train: Split) -> float:
     """Images of each class that a budget pays, on average."""
     return {"all": len(train.labels), FOLD: 1000}[labels] / len(train.classes) if isinstance(labels, str) else labels
 
 
 def effort(cell: Cell, train: Split) -> tuple[float, int]:
     """What decides whose network is kept: the labelled images, then the epochs."""
-    return per_class(cell.labels, train), cell.epochs
+    return images_per_class(cell.labels, train), cell.epochs
 
 
 def adopt_runs(c: SimpleNamespace) -> list[Path]:
@@ -510,7 +510,7 @@ def report(task: Task, folder: Path, results: dict, cells: dict[Cell, dict], arm
     plot_comparison(folder / "comparison.png", summary[str(budgets[-1])], PROTOCOLS, arms,
                     label_text(budgets[-1]) + "\n" + caption(c))
     if len(budgets) > 1:
-        sizes = [per_class(labels, task.train) for labels in budgets]
+        sizes = [images_per_class(labels, task.train) for labels in budgets]
         panels = {protocol: {arm: [summary[str(labels)][protocol][arm] for labels in budgets] for arm in arms}
                   for protocol in PROTOCOLS}
         plot_lines(folder / "label_efficiency.png", panels, sizes, "labelled images a class", caption(c))

@@ -182,7 +182,8 @@ def resolve_auto(constants: SimpleNamespace, auto: dict[str, tuple]) -> None:
         try:
             setattr(constants, name, default if value == "auto" else type(default)(value))
         except ValueError:
-            raise UsageError(f"{name} is {value}: it must be a number or auto ({flag(name)})") from None
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise UsageError(f"{name} is {value}: it must be {kind} or auto ({flag(name)})") from None
 
 
 def make_tuples(constants: SimpleNamespace, *names: str) -> None:

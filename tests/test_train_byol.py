@@ -162,6 +162,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
 
 
 @pytest.mark.parametrize("argv, status, message", [
+    (["--batch-size", "8.5"], 2, "BATCH_SIZE is 8.5: it must be a whole number or auto"),
     (["--batch-size", "21"], 2, "BATCH_SIZE is 21, but there are only 20 images"), (["--batch-size", "1"], 2, "BATCH_SIZE is 1"),
     (["--epochs", "0"], 2, "EPOCHS is 0"), (["--image-size", "8"], 2, "IMAGE_SIZE is 8"),
     (["--learning-rate", "nan"], 2, "LEARNING_RATE is nan"), (["--optimizer", "adam"], 2, "did you mean 'adamw'"),
@@ -362,6 +363,7 @@ def test_small_images_bear_a_higher_rate_from_random_weights(flags, rate, monkey
     with pytest.raises(SystemExit):
         train_byol.main(["--init", *flags])
     assert resolved == [rate]
+    assert re.search(r'^LEARNING_RATE = "auto"  # .*, below 64 px 0.2$', Path(train_byol.__file__).read_text(), re.M)
 
 
 def test_a_target_that_never_moves_is_the_first_network(tiny):
