@@ -47,7 +47,7 @@ PROJECTION_DIM = 256  # of the vectors that are compared
 EPOCHS = 10  # passes over the unlabeled images
 BATCH_SIZE = "auto"  # images a step, over all GPUs together; auto: 256, if INIT is random 64
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images, times BATCH_SIZE / 256; auto: 0.1, if INIT is random 0.05, below 64 px 0.2
+LEARNING_RATE = "auto"  # peak rate per 256 images; auto: 0.1, if INIT is random 0.05, below 64 px 0.2
 PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns; auto: 1, if INIT is random 10
 WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 5e-4
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
@@ -65,9 +65,11 @@ DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, O
                    PROJECTION_DIM=128)
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank", "images_per_second"]
 AUTO = {  # where INIT is random, and where it is not
+    # Small images bear a higher rate: encoders fine-tune better by it, though frozen features are worse. At 64 px only
+    # the latter was seen (README.md).
+    "LEARNING_RATE": (lambda c: 0.2 if c.IMAGE_SIZE < 64 else 0.05, 0.1),
     "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"), "HIDDEN_DIM": (1024, 4096),
-    "BATCH_SIZE": (64, 256), "LEARNING_RATE": (0.05, 0.1), "PREDICTOR_RATE": (10.0, 1.0), "WEIGHT_DECAY": (5e-4, 0.0),
-    "BASE_DECAY": (0.996, 1.0)}
+    "BATCH_SIZE": (64, 256), "PREDICTOR_RATE": (10.0, 1.0), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.996, 1.0)}
 SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%",
          "rank": "rank {:.0f}"}  # in a line
 CHECKPOINT_VERSION = 4  # raised where a run that an earlier version began cannot be continued bit for bit
@@ -79,7 +81,6 @@ MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is
 def run(c: SimpleNamespace) -> None:
     """Pretrain with the constants `c`; each run's folder has one writer."""
     check_optimizer(c)
-    resolve_rate(c)
     resolve_auto(c, AUTO)
     check_constants(c)
     c.INIT_SHA256 = digest_of_file(c.INIT)  # for the comparison, which starts from the same weights
@@ -270,15 +271,6 @@ def check_optimizer(c: SimpleNamespace) -> None:
     left = [name for name in ("LEARNING_RATE", "WEIGHT_DECAY") if getattr(c, name) == "auto"]
     if left and c.OPTIMIZER == "adamw":
         raise UsageError(f"OPTIMIZER is adamw, but auto is for sgd: give {' and '.join(left)}, too")
-
-
-def resolve_rate(c: SimpleNamespace) -> None:
-    """Give LEARNING_RATE, where it is "auto", the higher rate that small images bear from random weights.
-
-    Encoders fine-tune better by it, though frozen features are worse; at 64 px only the latter was seen (README.md).
-    """
-    if c.LEARNING_RATE == "auto" and c.INIT == "random" and c.IMAGE_SIZE < 64:
-        c.LEARNING_RATE = 0.2
 
 
 def check_constants(c: SimpleNamespace) -> None:

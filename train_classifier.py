@@ -178,7 +178,7 @@ def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
             for cell in missing:
                 record, network = train_cell(task, cell, *start, choose_rate(task, cell, results["trials"], save))
                 if arm == arms[-1] and all(effort(cell, train) > effort(other, train) for other in cells
-                                            if other.arm == arm):
+                                           if other.arm == arm):
                     save_torch(folder / "classifier.pt", plain_state_dict(network))
                 results["records"].append(record)
                 cells[cell] = record

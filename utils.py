@@ -175,10 +175,12 @@ def constants_of(namespace: SimpleNamespace) -> dict:
 def resolve_auto(constants: SimpleNamespace, auto: dict[str, tuple]) -> None:
     """Give the constants of `auto` their value for INIT where they are "auto", and their type where they are not.
 
-    auto: of each name, its value where INIT is random, and where it is not. Raises UsageError for what is no number.
+    auto: of each name, its value where INIT is random, and where it is not, or what gives it, asked with the constants.
+    Raises UsageError for what is no number.
     """
     for name, of_init in auto.items():
         value, default = getattr(constants, name), of_init[constants.INIT != "random"]
+        default = default(constants) if callable(default) else default
         try:
             setattr(constants, name, default if value == "auto" else type(default)(value))
         except ValueError:
