@@ -1,29 +1,15 @@
 """BYOL, Bootstrap Your Own Latent (Grill et al. 2020, arXiv:2006.07733): the method and nothing else.
 
-Two views of each image, an online network that predicts what a target network makes of the other view, and the
-target as a slow average of the online network. Values follow the paper's appendix and its official code; the
-operations on pixels follow torchvision.
+An online network predicts, from one view of an image, what a target network makes of the other view. The target is a
+slow average of the online network. Values follow the paper's appendix and its official code.
 """
 import copy
 import math
-from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's luma
-MIN_AREA = 0.08  # smallest share of an image that a crop shows
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operations of the colour jitter
-JITTER = (0.4, 0.4, 0.2, 0.1)  # their strengths, in that order
-JITTER_P, GRAY_P = 0.8, 0.2  # probabilities of the jitter and of grayscale in either view
-MIN_SIGMA, MAX_SIGMA = 0.1, 2.0  # of the blur, in pixels of the view
-BLUR_P, SOLARIZE_P = (1.0, 0.1), (0.0, 0.2)  # probabilities in view 1 and in view 2
-
-
-# ---------------------------------------------------------------------------------------------------- networks
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """The projector and the predictor: Linear, BatchNorm, ReLU, Linear without bias."""
@@ -38,7 +24,7 @@ class BYOL(nn.Module):
     The target gets no gradient and stays in train mode: its BatchNorm normalises by its own batch, as in the
     official code. Call `update_target` after each optimizer step.
     frozen_batchnorm: both encoders normalise by the statistics that `encoder` came with, and keep them; the heads
-    normalise by the batch. For an encoder that is good already: those of views are not those of images.
+    normalise by the batch. For an encoder that is good already: the statistics of views are not those of images.
     """
 
     def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 4096, projection_dim: int = 256,
@@ -52,7 +38,7 @@ class BYOL(nn.Module):
         self.predictor = mlp(projection_dim, hidden_dim, projection_dim)
         self.target_encoder = copy.deepcopy(self.online_encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.online_projector).requires_grad_(False)
-        # Not a weight: the latest batch's spread, left here so that nobody has to compute an embedding twice.
+        # Not a weight: the latest batch's spread, kept here so that nobody has to compute an embedding twice.
         self.register_buffer("spread", torch.zeros(()), persistent=False)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
@@ -82,6 +68,48 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     return 2 - 2 * F.cosine_similarity(p.float(), z.detach().float(), dim=-1)
 
 
+def parameter_groups(module: nn.Module, weight_decay: float, child: str = "", factor: float = 1) -> list[dict]:
+    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not.
+
+    The child module of that name learns `factor` times as fast as all else, its groups' `scale`. In BYOL it is the
+    predictor: one that is ahead keeps features from collapsing into few directions (the paper wants it near-optimal).
+    """
+    groups = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            scale = factor if name.startswith(f"{child}.") else 1
+            groups.setdefault((p.ndim > 1, scale), []).append(p)
+    return [{"params": parameters, "weight_decay": weight_decay * decays, "scale": scale}
+            for (decays, scale), parameters in groups.items()]
+
+
+def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW. The rate is set in each step, by `set_learning_rate`."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step: `rate` times the `scale` of each parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear from 0 to `peak` over the warm-up, at most half of all steps, then half a cosine to 0 at `total_steps`."""
+    warmup_steps = min(warmup_steps, total_steps // 2)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (math.cos(math.pi * progress) + 1) / 2
+
+
+def target_decay(step: int, total_steps: int, base: float) -> float:
+    """tau of step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, from `base` at 0 to 1 at K."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
 def embedding_spread(z: Tensor) -> Tensor:
     """Standard deviation over the batch of the normalised embeddings [N,D], averaged over the D dimensions.
 
@@ -94,251 +122,8 @@ def effective_rank(features: Tensor) -> Tensor:
     """In how many directions features [N,D] vary, 1 to min(N - 1, D), whatever their scale.
 
     Exp of the entropy of the principal axes' shares of variance: Roy & Vetterli 2007, who take shares of the singular
-    values. A collapse into few directions shows here and need not show in the spread of the projections, for the
+    values. A collapse into few directions shows here. It need not show in the spread of the projections, because the
     projector's BatchNorm widens whatever is left; a collapse to one point shows there.
     """
     variance = torch.linalg.svdvals(features - features.mean(dim=0)).square()
     return torch.special.entr(variance / variance.sum().clamp(min=1e-30)).sum().exp()
-
-
-def parameter_groups(module: nn.Module, weight_decay: float, part: str = "", rate: float = 1) -> list[dict]:
-    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not.
-
-    rate: how many times as fast as all else the child `part` learns, as each group's `scale`. Of BYOL it is the
-    predictor: one that is ahead keeps the features from falling into few directions (the paper, too, wants it
-    near-optimal).
-    """
-    groups = {}
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            scale = rate if name.startswith(f"{part}.") else 1
-            groups.setdefault((p.ndim > 1, scale), []).append(p)
-    return [{"params": parameters, "weight_decay": weight_decay * decays, "scale": scale}
-            for (decays, scale), parameters in groups.items()]
-
-
-# --------------------------------------------------------------------------------------------------- schedules
-
-def target_decay(step: int, total_steps: int, base: float) -> float:
-    """tau of step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, from `base` at 0 to 1 at K."""
-    return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
-
-
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear from 0 to `peak` over the warm-up, then half a cosine to 0 at `total_steps`."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (math.cos(math.pi * progress) + 1) / 2
-
-
-# ------------------------------------------------------------------------------------------------------- views
-
-class View(NamedTuple):
-    """What one view does to each of N images; every field has one row an image."""
-    box: Tensor       # [N,4] top, left, height, width of the crop, whole pixels
-    flip: Tensor      # [N] bool
-    order: Tensor     # [N,4] a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE
-    factor: Tensor    # [N,4] strength of each operation: 1, 1, 1, 0 leave the image as it is
-    gray: Tensor      # [N] bool
-    sigma: Tensor     # [N] of the blur, in pixels; 0 leaves the image as it is
-    solarize: Tensor  # [N] bool
-
-
-CROP_DRAWS, VIEW_DRAWS = 5, 18  # uniform numbers that a crop and a view take for each image
-
-
-def view_of(u: Tensor, height: int, width: int, min_area: float, blur_p: float, solarize_p: float,
-            jitter_strength: float = 1) -> View:
-    """The view of images of `height` x `width` pixels that uniform numbers u [N,VIEW_DRAWS] stand for (appendix B)."""
-    crop, order, strength, rest = u.split((CROP_DRAWS, 4, 4, 5), dim=1)
-    jitter, gray, blur, sigma, solarize = rest.unbind(dim=1)
-    neutral, strength = constant((1.0, 1.0, 1.0, 0.0), u), jitter_strength * (2 * strength - 1) * constant(JITTER, u)
-    return View(*crop_of(crop, height, width, min_area),
-                order=order.argsort(dim=1),
-                factor=neutral + strength * (jitter < JITTER_P)[:, None],
-                gray=gray < GRAY_P,
-                sigma=(MIN_SIGMA + sigma * (MAX_SIGMA - MIN_SIGMA)) * (blur < blur_p),
-                solarize=solarize < solarize_p)
-
-
-def crop_of(u: Tensor, height: int, width: int, min_area: float) -> tuple[Tensor, Tensor]:
-    """Boxes [N,4] of random resized crops, and flips [N], that uniform numbers u [N,CROP_DRAWS] stand for.
-
-    Area `min_area` to 1, ratio 3/4 to 4/3, log-uniform. A side that would leave the image is clamped to it.
-    """
-    area, ratio, top, left, flip = u.unbind(dim=1)
-    area = (min_area + area * (1 - min_area)) * height * width
-    ratio = torch.pow(4 / 3, 2 * ratio - 1)  # width over height
-    # Square roots as 1 / sqrt(1 / x): torch's sqrt and exp (not its rsqrt and pow) wake all threads of a CPU even for a
-    # few hundred numbers, and wait for them where other processes keep the cores busy.
-    h = torch.rsqrt(ratio / area).round().clamp(1, height)
-    w = torch.rsqrt(1 / (ratio * area)).round().clamp(1, width)
-    top = (top * (height - h + 1)).floor().clamp(max=height - 1)
-    left = (left * (width - w + 1)).floor().clamp(max=width - 1)
-    return torch.stack([top, left, h, w], dim=1), flip < 0.5
-
-
-def render(images: Tensor, view: View, size: int) -> Tensor:
-    """Apply a view to uint8 images on its device: crop, flip, colour jitter, grayscale, blur, solarize, normalise."""
-    x = crop_resize(images, view.box, view.flip, size)
-    x = color_jitter(x, view.order, view.factor)
-    x = blend(x, torch.where(view.gray, 0.0, 1.0), view.gray.float())
-    x = where_needed(gaussian_blur, x, view.sigma)
-    x = solarize(x, view.solarize)
-    return normalize(x)
-
-
-def render_views(images: Tensor, draws: Tensor, size: int, min_area: float, blur_p: tuple[float, float],
-                 jitter_strength: float) -> tuple[Tensor, Tensor]:
-    """The two views that uniform numbers [2,N,VIEW_DRAWS] stand for."""
-    height, width = images.shape[-2:]
-    return tuple(render(images, view_of(u, height, width, min_area, blur, solarize, jitter_strength), size)
-                 for u, blur, solarize in zip(draws, blur_p, SOLARIZE_P))
-
-
-def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = MIN_AREA,
-              blur_p: tuple[float, float] = BLUR_P, jitter_strength: float = 1,
-              render_views: Callable = render_views) -> tuple[Tensor, Tensor]:
-    """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size].
-
-    Every image draws its own parameters. Uniform numbers for both views are drawn on the CPU and go to the images'
-    device in one copy; all else is done there (on CUDA in TF32).
-    min_area: smallest share of an image that a crop shows. blur_p: probabilities of the blur in view 1 and view 2.
-    jitter_strength: of the colour jitter, as a multiple of the paper's.
-    render_views: the function of that name, or a compiled form of it.
-    """
-    draws = send(torch.rand(2, len(images), VIEW_DRAWS, generator=generator), images.device)
-    return render_views(images, draws, size, min_area, blur_p, jitter_strength)
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Float images [N,3,H,W] in [0,1] -> mean 0 and standard deviation 1 over ImageNet's colours."""
-    return (x - per_channel(IMAGENET_MEAN, x)) / per_channel(IMAGENET_STD, x)
-
-
-def denormalize(x: Tensor) -> Tensor:
-    """The inverse of `normalize`."""
-    return x * per_channel(IMAGENET_STD, x) + per_channel(IMAGENET_MEAN, x)
-
-
-def per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
-    return constant(values, x).view(3, 1, 1)
-
-
-def constant(values: tuple[float, ...], x: Tensor) -> Tensor:
-    """The values on x's device, made there: torch.tensor(..., device="cuda") would make the host wait for a copy."""
-    return torch.cat([x.new_full((1,), value) for value in values])
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`; the host does not wait for a copy to CUDA, which goes through pinned memory.
-
-    It does for MPS, which may read the source when it is gone.
-    """
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def crop_resize(images: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Crop each image to its own box, resize, flip: uint8 [N,3,H,W] -> float [N,3,size,size] in [0,1].
-
-    Antialiased bicubic resampling is a linear map of the rows and one of the columns, so each image takes two
-    matrix products, and flipping is reading the second matrix backwards. Bicubic overshoots: clipped to [0,1].
-    """
-    top, left, h, w = box.unbind(dim=1)
-    rows = bicubic_matrix(top, h, images.shape[2], size) / 255  # [N,size,H], and uint8 to [0,1] on the way
-    columns = bicubic_matrix(left, w, images.shape[3], size)    # [N,size,W]
-    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    x = rows[:, None] @ images.float()
-    return (x @ columns[:, None].transpose(2, 3)).clamp_(0, 1)
-
-
-def bicubic_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) -> Tensor:
-    """Weights [N,size_out,size_in] that resample pixels start ... start+length as torchvision does (antialiased).
-
-    The kernel is Keys' cubic with a = -0.5; when shrinking it is stretched by the scale, which is the antialiasing.
-    """
-    scale = (length / size_out).view(-1, 1, 1)
-    out = torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5
-    pixel = torch.arange(size_in, device=start.device).view(1, 1, -1) + 0.5
-    d = ((pixel - start.view(-1, 1, 1) - out * scale) / scale.clamp(min=1)).abs().clamp_(max=2)
-    weight = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
-    end = (start + length).view(-1, 1, 1)
-    weight *= (pixel > start.view(-1, 1, 1)) & (pixel < end)
-    return weight / weight.sum(dim=2, keepdim=True)
-
-
-def color_jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue of each image [N,3,H,W], by its own factors [N,4] in its own order.
-
-    Three of the four are blends, alike but for their weights, so one pass serves every image whatever its turn.
-    """
-    one, zero = torch.ones_like(factor[:, 0]), torch.zeros_like(factor[:, 0])
-    b, c, s, shift = factor.unbind(dim=1)
-    # Weights [3,N,4] of the image, of its gray version and of its mean gray, for each operation.
-    weights = torch.stack([torch.stack([b, c, s, one], 1), torch.stack([zero, zero, 1 - s, zero], 1),
-                           torch.stack([zero, 1 - c, zero, zero], 1)])
-    for turn in range(4):
-        operation = order[:, turn]
-        x = blend(x, *weights.gather(2, operation.expand(3, -1)[..., None])[..., 0]).clamp_(0, 1)
-        x = where_needed(shift_hue, x, torch.where(operation == HUE, shift, zero))
-    return x
-
-
-def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) -> Tensor:
-    """image * x + gray * luma(x) + mean * (mean luma of x), with weights [N]: an affine map of the colours."""
-    r, g, b = GRAY_WEIGHTS
-    luma = (r * x[:, :1]).add_(x[:, 1:2], alpha=g).add_(x[:, 2:], alpha=b)  # [N,1,H,W]
-    image, gray = image.view(-1, 1, 1, 1), gray.view(-1, 1, 1, 1)
-    offset = gray * luma
-    if mean is not None:
-        offset += mean.view(-1, 1, 1, 1) * luma.mean(dim=(2, 3), keepdim=True)
-    return torch.addcmul(offset, image, x)
-
-
-def can_ask(x: Tensor) -> bool:
-    """Whether the host may read values without waiting for a GPU, and so leave out the images that need no work."""
-    return x.device.type == "cpu"
-
-
-def where_needed(operation: Callable, x: Tensor, amount: Tensor) -> Tensor:
-    """operation(x, amount); where values can be asked for, in place and of the images alone whose amount is not 0."""
-    if can_ask(x) and len(chosen := amount.nonzero()[:, 0]) < len(x):
-        x[chosen] = operation(x[chosen], amount[chosen])
-        return x
-    return operation(x, amount)
-
-
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of images [N,3,H,W] in [0,1] by `shift` [N], in turns; value and chroma stay as they are."""
-    r, g, b = x.unbind(dim=1)
-    value = x.amax(dim=1)
-    chroma = value - x.amin(dim=1)
-    d = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(value == r, (g - b) / d, torch.where(value == g, 2 + (b - r) / d, 4 + (r - g) / d))  # sixths
-    k = per_channel((5.0, 3.0, 1.0), x) + (hue + 6 * shift.view(-1, 1, 1))[:, None]
-    k = k.remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image [N,3,S,S] by its own sigma [N] in pixels, reflecting at the border; sigma 0 leaves it alone.
-
-    The kernel is about a tenth of the side, odd: 23 taps at 224 px (official code), 9 at 96.
-    """
-    size = x.shape[-1]
-    radius = size // 20
-    taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)  # sigma 0: 1 at the centre, 0 beside it
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)                       # [N,taps]
-    # Which pixel each tap of each output reads: [taps,size,size], the rows of a unit matrix, reflected at the border.
-    reads = F.pad(torch.eye(size, device=x.device)[None], (0, 0, radius, radius), "reflect")[0].unfold(0, size, 1).mT
-    matrix = (kernel @ reads.flatten(1)).view(-1, 1, size, size)
-    return matrix @ x @ matrix.transpose(2, 3)
-
-
-def solarize(x: Tensor, chosen: Tensor) -> Tensor:
-    """Invert the pixels at or above one half, in the images [N] that were chosen."""
-    return torch.where(chosen.view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)

@@ -7,15 +7,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import struct
-import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
-from multiprocessing import parent_process
+from itertools import chain
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, NoReturn
 
@@ -23,23 +20,22 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets import STL10
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as tv
 
-from byol import send
-from runs import whole_file, write_json
-from utils import CannotWrite, UserError, one_line, progress, say, seeded_generator
+from utils import UserError, count, one_line, progress, say, seeded_generator, whole_file, write_json
+from views import send
 
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
-PATTERNS = ["stripes", "checks", "dots", "rings", "waves", "bricks", "blobs", "grid", "zigzag", "honeycomb"]
 PATTERN_COUNTS = {"unlabeled": 4000, "train": 200, "test": 1000}
 CELLS = 3  # of the patchwork that each pattern image is
 PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 100_000_000  # of one image file; more is taken for a decompression bomb
-FILES_OF_A_WORKER = 500  # images, at least, that a process is started for
+FILES_OF_A_WORKER = 500  # images, at least, that a worker process is started for
 MAX_BROKEN = 0.01  # share of a split's files that may fail to decode
 
 
@@ -48,24 +44,37 @@ class Split(NamedTuple):
     labels: Tensor | None  # int64 [N], 0 to len(classes) - 1; None where there are none
     classes: list[str]
 
+    def stamp(self) -> str:
+        """A digest of the labels, the classes and the pixels of a thousand evenly spaced images."""
+        index = torch.linspace(0, len(self.pixels) - 1, min(1000, len(self.pixels)), dtype=torch.float64).long()
+        digest = sha256(repr((self.classes, self.labels.tolist())).encode())
+        digest.update(fetch(self.pixels, index, torch.device("cpu")).contiguous().numpy())
+        return digest.hexdigest()
+
 
 def load_split(dataset: str, split: str, data_root: str, size: int) -> Split | None:
-    """One split ("unlabeled", "train" or "test") of "stl10", "patterns" or a folder.
-
-    size: pixels a side. STL-10's unlabeled images stay at 96, for the views are cut to size anyway.
-    Returns None where a folder does not have the split. Raises UserError for data that cannot be used.
-    """
+    """One split ("unlabeled", "train" or "test") of "stl10", "patterns" or a folder. size: pixels a side. STL-10's
+    unlabeled images stay at 96, for the views are cut to size anyway. Returns None where a folder does not have the
+    split. Raises UserError for data that cannot be used."""
     if dataset == "stl10":
         return load_stl10(split, Path(data_root), size)
     if dataset == "patterns":
         return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(PATTERN_SEED, "patterns", split))
-    folder = Path(dataset).expanduser()
-    if not folder.is_dir():
+    if not Path(dataset).is_dir():
         raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'patterns' nor an existing folder")
-    return load_folder(folder, split, Path(data_root), size)
+    return load_folder(Path(dataset), split, Path(data_root), size)
 
 
-# ------------------------------------------------------------------------------------------------------ STL-10
+def load_for_pretraining(dataset: str, data_root: str, size: int) -> tuple[Split, Split | None]:
+    """The images without labels, or where there are none those of train/; and train/, where there is one."""
+    train = load_split(dataset, "train", data_root, size)
+    unlabeled = load_split(dataset, "unlabeled", data_root, size)
+    if unlabeled is None and train is None:
+        raise UserError(f"DATASET {dataset!r} has neither unlabeled/ nor train/: there are no images to pretrain on")
+    if unlabeled is None:
+        say("no unlabeled/: pretraining on train/")
+    return unlabeled or train, train
+
 
 def load_stl10(split: str, root: Path, size: int) -> Split:
     """Map a split of STL-10, after downloading it where it is missing. Labels 1 to 10 become 0 to 9."""
@@ -77,12 +86,9 @@ def load_stl10(split: str, root: Path, size: int) -> Split:
     if split == "unlabeled":
         return Split(pixels, None, STL10_CLASSES)
     labels = torch.from_numpy(np.fromfile(files[1], dtype=np.uint8)).long()
-    if len(labels) != len(pixels):
-        raise UserError(f"{files[1]} holds {len(labels)} labels for the {len(pixels)} images of {files[0].name}: "
-                        "delete both to download them again")
-    if labels.min() < 1 or labels.max() > len(STL10_CLASSES):
-        raise UserError(f"{files[1]} holds labels from {labels.min()} to {labels.max()}, not 1 to 10: "
-                        "delete it to download it again")
+    if len(labels) != len(pixels) or not set(labels.tolist()) <= set(range(1, 11)):
+        raise UserError(f"{files[1]} does not hold a label from 1 to 10 for each of the {len(pixels)} images of "
+                        f"{files[0].name}: delete both to download them again")
     if size != STL10_SIDE:
         pixels = tv.resize(pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
     return Split(pixels, labels - 1, STL10_CLASSES)
@@ -104,7 +110,7 @@ def download_stl10(root: Path, missing: Path) -> None:
     """Download and unpack STL-10 (2.6 GB) into `root`/stl10_binary; torchvision checks the archive's checksum."""
     unpacking = root / "stl10_unpacking"  # renamed when whole, so a torn unpacking is never taken for the data
     try:
-        print(f"downloading STL-10 (2.6 GB, once) to {root}")
+        say(f"downloading STL-10 (2.6 GB, once) to {root}")
         download_and_extract_archive(STL10.url, str(root), str(unpacking), STL10.filename, STL10.tgz_md5,
                                      remove_finished=True)
         shutil.copytree(unpacking / "stl10_binary", missing.parent, dirs_exist_ok=True, copy_function=os.replace)
@@ -125,8 +131,6 @@ def map_pixels(file: Path, side: int) -> Tensor:
         # Read-only: Linux refuses a writable private mapping (torch.from_file's) that is larger than its memory.
         return torch.from_numpy(np.memmap(file, np.uint8, "r")).view(-1, 3, side, side)
 
-
-# ---------------------------------------------------------------------------------------------- a folder of images
 
 def load_folder(folder: Path, split: str, root: Path, size: int) -> Split | None:
     """`unlabeled/` at any depth, `train/<class>/` or `test/<class>/` as an array, decoded once into a cache."""
@@ -161,15 +165,13 @@ def class_names(top: Path) -> list[str]:
 
 
 def refuse(error: OSError) -> NoReturn:
-    """End the run where os.walk meets a folder that cannot be read: left to itself, it takes it for an empty one."""
-    raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    """For os.walk, which takes a folder that cannot be read for an empty one."""
+    raise error
 
 
 def image_files(top: Path) -> list[Path]:
-    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden.
-
-    Raises UserError for a folder that cannot be read.
-    """
+    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden. Raises UserError
+    for a folder that cannot be read."""
     found, seen = [], set()
     for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
         if (here := os.path.realpath(folder)) in seen:  # links may lead in circles
@@ -182,10 +184,8 @@ def image_files(top: Path) -> list[Path]:
 
 
 def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[Tensor, Tensor]:
-    """Pixels [M,3,size,size] of the files that decode, and their indices [M] in `files`; from the cache if it fits.
-
-    The cache is a raw array and a description that names the very files, sizes and times it was made from.
-    """
+    """Pixels [M,3,size,size] of the files that decode, and their indices [M] in `files`; from the cache if it fits. The
+    cache is a raw array and a description that names the very files, sizes and times it was made from."""
     name = f"{top.parent.name}-{top.name}-{size}px-{sha256(str(top.resolve()).encode()).hexdigest()[:8]}"
     array, description = root / "cache" / f"{name}.bin", root / "cache" / f"{name}.json"
     found = [(file, file.stat() if file.exists() else file.lstat()) for file in files]  # a dangling link: broken later
@@ -197,50 +197,39 @@ def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[
     except (OSError, ValueError, KeyError, TypeError):
         cached, whole = {}, False
     if not whole or cached.get("stamp") != stamp:
-        cached = {"stamp": stamp, "kept": decode_files(top, files, array, description, size)}
+        description.unlink(missing_ok=True)  # never an old description beside a new array
+        cached = {"stamp": stamp, "kept": decode_files(top, files, array, size)}
         write_json(description, cached)
     return map_pixels(array, size), torch.tensor(cached["kept"])
 
 
-def end_with_parent() -> None:
-    """In a process of a pool: Ctrl-C is for the parent alone, and where that is killed, nobody is left to work for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def decode_files(top: Path, files: list[Path], array: Path, description: Path, size: int) -> list[int]:
+def decode_files(top: Path, files: list[Path], array: Path, size: int) -> list[int]:
     """Decode `files` in parallel into the raw file `array`; returns the indices of those that could be read."""
-    kept, broken, decode = [], [], partial(decode_image, size=size)
-    # Busy ones, too, which utils.free_cores leaves out: unlike threads these processes never wait for each other.
+    kept, broken = [], []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(files) // FILES_OF_A_WORKER)
-    say(f"decoding {len(files):,} images of {top}, once")
-    try:
-        with (whole_file(array, f".{os.getpid()}.tmp") as out,  # another run may be decoding the same folder
-              # Half the time of a small image goes to Pillow's Python, for which threads would wait for each other.
-              ProcessPoolExecutor(workers, initializer=end_with_parent) if workers > 1 else nullcontext() as pool,
-              progress(total=len(files), desc=f"reading {top}", unit="image") as bar):
-            description.unlink(missing_ok=True)  # never an old description beside a new array
-            for start in range(0, len(files), 1024):  # so that no more than this waits in memory for the disk
-                chunk = files[start:start + 1024]
-                decoded = pool.map(decode, chunk, chunksize=16) if pool else map(decode, chunk)
-                for index, image in enumerate(decoded, start):
-                    bar.update()
-                    if isinstance(image, str):
-                        broken.append(f"{files[index]} ({image})")
-                    else:
-                        out.write(image.tobytes())
-                        kept.append(index)
-            if len(broken) > MAX_BROKEN * len(files):
-                raise UserError(f"{len(broken)} of {len(files)} images in {top} cannot be read, more than "
-                                f"{MAX_BROKEN:.0%}; the first is {broken[0]}")
-    except CannotWrite as error:
-        raise UserError(f"cannot write the image cache {array}: {one_line(error.__cause__)}; make space or set "
-                        "DATA_ROOT") from error
+    loader = DataLoader(files, batch_size=16, collate_fn=partial(decode_images, size=size), generator=torch.Generator(),
+                        num_workers=min(cores, len(files) // FILES_OF_A_WORKER))
+    say(f"decoding {count(len(files), 'image')} of {top}, once")
+    with (whole_file(array, f".{os.getpid()}.tmp") as out,  # another run may be decoding the same folder
+          progress(total=len(files), desc=f"reading {top}", unit="image") as bar):
+        for index, image in enumerate(chain.from_iterable(loader)):
+            bar.update()
+            if isinstance(image, str):
+                broken.append(f"{files[index]} ({image})")
+            else:
+                out.write(image.tobytes())
+                kept.append(index)
+        if len(broken) > MAX_BROKEN * len(files):
+            raise UserError(f"{len(broken)} of {len(files)} images in {top} cannot be read, more than "
+                            f"{MAX_BROKEN:.0%}; the first is {broken[0]}")
     if broken:
-        print(f"skipped {len(broken)} of {len(files)} images in {top} that cannot be read: {', '.join(broken[:5])}"
-              + (", ..." if len(broken) > 5 else ""))
+        say(f"skipped {len(broken)} of {len(files)} images in {top} that cannot be read: {', '.join(broken[:5])}"
+            + ", ..." * (len(broken) > 5))
     return kept
+
+
+def decode_images(files: list[Path], size: int) -> list[np.ndarray | str]:
+    return [decode_image(file, size) for file in files]
 
 
 def decode_image(file: Path, size: int) -> np.ndarray | str:
@@ -260,26 +249,37 @@ def decode_image(file: Path, size: int) -> np.ndarray | str:
         return one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------------ patterns
+def wave(phase: Tensor) -> Tensor:
+    """A sine of a phase in turns."""
+    return torch.sin(2 * math.pi * phase)
+
+
+PATTERNS = {  # of a cell's own axes u and v, the distance r from its centre, in wavelengths, and blobs b: some -1 to 1
+    "stripes": lambda u, v, r, b: wave(u),
+    "checks": lambda u, v, r, b: torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),
+    "dots": lambda u, v, r, b: 2 * torch.exp(-18 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2)) - 1,
+    "rings": lambda u, v, r, b: wave(r),
+    "waves": lambda u, v, r, b: wave(u + wave(v / 3) / 2),
+    "bricks": lambda u, v, r, b: (((u / 2 + v.floor() / 2) % 1 < 0.1) | (v % 1 < 0.2)) * 2.0 - 1,
+    "blobs": lambda u, v, r, b: (b / b.std(dim=(1, 2), keepdim=True)).clamp(-2, 2),
+    "grid": lambda u, v, r, b: ((u % 1 < 0.2) | (v % 1 < 0.2)) * 2.0 - 1,
+    "zigzag": lambda u, v, r, b: torch.tanh(3 * wave(u + (2 * (v % 1) - 1).abs())),
+    "honeycomb": lambda u, v, r, b: (wave(u) + wave(-u / 2 + 0.866 * v) + wave(-u / 2 - 0.866 * v)) / 1.5,
+}
+
 
 def draw_patterns(n: int, size: int, generator: torch.Generator) -> Split:
-    """Ten kinds of texture, nearly without colour, in a patchwork: the --demo data, drawn in a moment.
-
-    Each image shows one kind in a few cells, and every cell turns, scales, shifts and shades it in its own way. So
-    two crops of an image share little but the kind, which is what BYOL is to find. (Textures that are alike all over
-    an image give it orientation and brightness to agree on, and colourful ones their colour.)
-    """
+    """Ten kinds of texture, nearly without colour, in a patchwork: the --demo data, drawn in a moment. Each image shows
+    one kind in a few cells, and every cell turns, scales, shifts and shades it in its own way. So two crops of an image
+    share little but the kind, which is what BYOL is to find. (Textures that are alike all over an image give it
+    orientation and brightness to agree on, and colourful ones their colour.)"""
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
     def of_cell(values):  # [N,CELLS] -> [N,S,S]
         return values.gather(1, cell.flatten(1)).view(n, size, size)
 
-    def wave(phase):  # in turns
-        return torch.sin(2 * math.pi * phase)
-
     unit = size / 32  # wavelengths below are for 32 pixels a side
-    kind = torch.arange(n) % len(PATTERNS)
     y, x = torch.arange(size).view(1, -1, 1).float(), torch.arange(size).view(1, 1, -1).float()
     center_y, center_x = uniform(0, size, CELLS), uniform(0, size, CELLS)
     distance = torch.hypot(y[..., None] - center_y[:, None, None], x[..., None] - center_x[:, None, None])
@@ -296,28 +296,14 @@ def draw_patterns(n: int, size: int, generator: torch.Generator) -> Split:
     frequency = torch.fft.fftfreq(size).view(-1, 1) ** 2 + torch.fft.rfftfreq(size) ** 2
     low_pass = torch.exp(-2 * (math.pi * uniform(2, 3, 1, 1) * unit) ** 2 * frequency)
     blobs = torch.fft.irfft2(noise * low_pass, (size, size))
-    draw = [  # in the order of PATTERNS, each from about -1 to 1
-        lambda u, v, r, b: wave(u),
-        lambda u, v, r, b: torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),
-        lambda u, v, r, b: 2 * torch.exp(-18 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2)) - 1,
-        lambda u, v, r, b: wave(r),
-        lambda u, v, r, b: wave(u + wave(v / 3) / 2),
-        lambda u, v, r, b: (((u / 2 + v.floor() / 2) % 1 < 0.1) | (v % 1 < 0.2)) * 2.0 - 1,
-        lambda u, v, r, b: (b / b.std(dim=(1, 2), keepdim=True)).clamp(-2, 2),
-        lambda u, v, r, b: ((u % 1 < 0.2) | (v % 1 < 0.2)) * 2.0 - 1,
-        lambda u, v, r, b: torch.tanh(3 * wave(u + (2 * (v % 1) - 1).abs())),
-        lambda u, v, r, b: (wave(u) + wave(-u / 2 + 0.866 * v) + wave(-u / 2 - 0.866 * v)) / 1.5,
-    ]
     field = torch.empty(n, size, size)
-    for k, texture in enumerate(draw):
-        field[k::len(draw)] = texture(*(values[k::len(draw)] for values in (u, v, radius, blobs)))
+    for k, texture in enumerate(PATTERNS.values()):
+        field[k::len(PATTERNS)] = texture(*(values[k::len(PATTERNS)] for values in (u, v, radius, blobs)))
     contrast = of_cell(uniform(0.48, 0.64, CELLS) * torch.where(uniform(0, 1, CELLS) < 0.5, -1.0, 1.0))
     pixels = (of_cell(uniform(0.4, 0.6, CELLS)) + contrast * field)[:, None].expand(-1, 3, -1, -1)
     pixels = pixels + 0.02 * torch.randn(n, 1, size, size, generator=generator)
-    return Split((pixels.clamp(0, 1) * 255).round().to(torch.uint8), kind, PATTERNS)
+    return Split((pixels.clamp(0, 1) * 255).round().to(torch.uint8), torch.arange(n) % len(PATTERNS), list(PATTERNS))
 
-
-# -------------------------------------------------------------------------------------------------- where arrays live
 
 def place(pixels: Tensor, device: torch.device) -> Tensor:
     """The array in the GPU's memory where it fits in half of what is free there, else where it is."""
@@ -337,10 +323,8 @@ def fetch(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
 
 def batch_indices(seed: int, purpose: str, n: int, batch_size: int, first_step: int, total_steps: int, rank: int = 0,
                   world: int = 1) -> Iterator[Tensor]:
-    """For each step from `first_step` on, the indices of this process's share of its batch, of `n` images.
-
-    Each pass takes the images in an order of its own; the remainder that fills no batch is dropped.
-    """
+    """For each step from `first_step` on, the indices of this process's share of its batch, of `n` images. Each pass
+    takes the images in an order of its own; the remainder that fills no batch is dropped."""
     steps_per_pass, order = n // batch_size, None
     for step in range(first_step, total_steps):
         number, batch = divmod(step, steps_per_pass)

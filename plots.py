@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from byol import denormalize
-from data import Split
-from runs import whole_file
+from utils import whole_file
+from views import denormalize
 
-BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#666666"  # Okabe & Ito's, for all eyes
+BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#666666"  # Okabe & Ito's, for all eyes
 SIDE = 0.86  # of an image among others, which are 1 apart
 
 
@@ -44,10 +43,10 @@ def place_image(axis: Axes, image: Tensor, x: float, y: float, **frame) -> None:
     axis.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, **frame))
 
 
-def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace) -> None:
+def plot_curves(path: Path, rows: Sequence[dict[str, float]], c: SimpleNamespace) -> None:
     """Loss, spread of the embeddings, rank and held-out accuracy of the features against epochs, from metrics.csv."""
-    column = {name: np.array(numbers) for name, numbers in columns.items()}
-    epoch = column["epoch"]
+    column = {name: np.array([row.get(name, np.nan) for row in rows])
+              for name in ("epoch", "loss", "spread", "rank", "probe", "knn")}
     panels = [("loss (0 to 8)", {"loss": ""}), ("spread of the embeddings", {"spread": ""}),
               ("effective rank of the features", {"rank": ""}),
               ("held-out accuracy (%)", {"probe": "linear probe", "knn": "kNN"})]
@@ -57,8 +56,8 @@ def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace)
         for (name, label), color in zip(lines.items(), (BLUE, ORANGE)):
             known = np.flatnonzero(~np.isnan(column[name]))
             known = known[::1 + len(known) // 2000]  # more points than the figure has pixels take seconds to draw
-            axis.plot(epoch[known], column[name][known], color=color, marker="o" if len(known) < 30 else None, ms=3,
-                      label=label)
+            axis.plot(column["epoch"][known], column[name][known], color=color, label=label,
+                      marker="o" if len(known) < 30 else None, ms=3)
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.spines[["top", "right"]].set_visible(False)
         if "rank" in lines:
@@ -71,49 +70,23 @@ def plot_curves(path: Path, columns: dict[str, list[float]], c: SimpleNamespace)
             axis.annotate("fills the sphere", (0.98, healthy), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom", color=GRAY, fontsize=8)
             axis.set_ylim(0, healthy * 1.15)
-    figure.suptitle(f"{c.RUN}: {c.ENCODER} from {Path(c.INIT).name} weights, {Path(c.DATASET).resolve().name} at "
+    figure.suptitle(f"{c.RUN}: {c.ENCODER} from {Path(c.INIT).name} weights, {Path(c.DATASET).name} at "
                     f"{c.IMAGE_SIZE} px, batch {c.BATCH_SIZE}, seed {c.SEED}", fontsize=9)
     save_figure(figure, path)
 
 
-def plot_comparison(path: Path, summary: dict[str, dict[str, list[float]]], protocols: Sequence[str],
-                    arms: Sequence[str], caption: str) -> None:
-    """Bars of accuracy for each protocol and arm: mean over the seeds, with the std as error bar.
-
-    summary: protocol -> arm -> accuracies in percent, one a seed.
-    """
-    figure = Figure(figsize=(max(6, 2.2 * len(arms)), 3.8), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(arms)
-    for i, arm in enumerate(arms):
-        mean, std = zip(*(mean_and_std(summary[protocol][arm]) for protocol in protocols))
-        x = np.arange(len(protocols)) + (i - (len(arms) - 1) / 2) * width
-        axis.bar(x, mean, width * 0.95, yerr=std, capsize=3, color=color_of(arms, i), label=arm)
-        for at, height, error in zip(x, mean, std):
-            axis.annotate(f"{height:.1f}", (at, height + error), ha="center", va="bottom", xytext=(0, 2),
-                          textcoords="offset points", fontsize=9)
-    axis.set_xticks(np.arange(len(protocols)), protocols)
-    axis.set(ylabel="test accuracy (%)", ylim=(0, axis.get_ylim()[1] * 1.1))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, ncols=len(arms), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.supxlabel(caption, fontsize=8, color=GRAY)
-    save_figure(figure, path)
-
-
-def plot_lines(path: Path, panels: dict[str, dict[str, list[list[float]]]], x: Sequence[float], xlabel: str,
-               caption: str) -> None:
-    """Accuracy against x (logarithmic), a panel for each title and a line for each arm: mean and std over the seeds.
-
-    panels: title -> arm -> for each x the accuracies in percent, one a seed.
-    """
+def plot_label_efficiency(path: Path, panels: dict[str, dict[str, list[list[float]]]], labels: Sequence[float],
+                          caption: str) -> None:
+    """Accuracy against labelled images a class, a panel for each protocol, a line for each arm: mean and std over
+    seeds. panels: protocol -> arm -> for each number of labels the accuracies in percent, one a seed."""
     figure = Figure(figsize=(max(5, 2.5 * len(panels)), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, by_arm) in zip(axes, panels.items()):
-        for i, (arm, accuracies) in enumerate(by_arm.items()):
-            mean, std = zip(*map(mean_and_std, accuracies))
-            axis.errorbar(x, mean, std, color=color_of(list(by_arm), i), marker="os^D"[i], ms=5, capsize=3, label=arm)
-        axis.set(xscale="log", xlabel=xlabel, title=title)
-        axis.set_xticks(x, [f"{value:g}" for value in x])
+    for axis, (protocol, by_arm) in zip(axes, panels.items()):
+        for (arm, accuracies), color, marker in zip(by_arm.items(), (GRAY, BLUE), "os"):
+            mean, std = zip(*((np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.0) for x in accuracies))
+            axis.errorbar(labels, mean, std, color=color, marker=marker, ms=5, capsize=3, label=arm)
+        axis.set(xscale="log", xlabel="labelled images a class", title=protocol)
+        axis.set_xticks(labels, [f"{value:g}" for value in labels])
         axis.minorticks_off()
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
@@ -123,43 +96,32 @@ def plot_lines(path: Path, panels: dict[str, dict[str, list[list[float]]]], x: S
     save_figure(figure, path)
 
 
-def plot_neighbors(path: Path, test: Split, features: Sequence[tuple[str, Tensor]], generator: torch.Generator,
-                   run: str, queries: int = 6, neighbors: int = 5) -> None:
-    """Test images of different classes, each beside the test images most similar (cosine) to it in each arm's features.
-
-    features: of each arm, its name and the features [N,D] of the test images.
-    """
-    present = test.labels.unique()
-    classes = present[torch.randperm(len(present), generator=generator)[:queries]].sort().values
-    chosen = [torch.nonzero(test.labels == k)[0].item() for k in classes]
+def plot_neighbors(path: Path, pixels: Tensor, labels: Tensor, classes: Sequence[str], features: dict[str, Tensor],
+                   generator: torch.Generator, run: str, queries: int = 6, neighbors: int = 5) -> None:
+    """Images of different classes, each beside the images most similar (cosine) to it in each arm's features. pixels:
+    uint8 [N,3,S,S], with labels [N]. features: of each arm, those of the images, [N,D]."""
+    present = labels.unique()
+    shown = present[torch.randperm(len(present), generator=generator)[:queries]].sort().values
+    chosen = [torch.nonzero(labels == k)[0].item() for k in shown]
     figure = Figure(figsize=(7.2, 0.62 * len(chosen) + 0.6), layout="constrained")
     axis = figure.subplots()
 
     left = [1.3 + i * (neighbors + 0.3) for i in range(len(features))]
     for y, query in enumerate(chosen):
-        place_image(axis, test.pixels[query], 0, y, linewidth=0)
-        axis.text(-0.1, y + SIDE / 2, test.classes[test.labels[query]], ha="right", va="center")
-        for x, (_, values) in zip(left, features):
+        place_image(axis, pixels[query], 0, y, linewidth=0)
+        axis.text(-0.1, y + SIDE / 2, classes[labels[query]], ha="right", va="center")
+        for x, values in zip(left, features.values()):
             similarity = F.cosine_similarity(values, values[query:query + 1])
             similarity[query] = -2  # not its own neighbour
             for rank, index in enumerate(similarity.topk(min(neighbors, len(values) - 1)).indices.tolist()):
-                right = test.labels[index] == test.labels[query]
-                place_image(axis, test.pixels[index], x + rank, y, linewidth=2.5, color=BLUE if right else ORANGE,
+                right = labels[index] == labels[query]
+                place_image(axis, pixels[index], x + rank, y, linewidth=2.5, color=BLUE if right else ORANGE,
                             ls="-" if right else ":")
     axis.text(SIDE / 2, -0.15, "query", ha="center")
-    for x, (arm, _) in zip(left, features):
+    for x, arm in zip(left, features):
         axis.text(x + neighbors / 2, -0.15, f"nearest, {arm}", ha="center")
     axis.set(xlim=(-0.15, left[-1] + neighbors), ylim=(len(chosen), -0.1))
     axis.set_axis_off()
     figure.supxlabel(f"{run}: test images by cosine similarity of frozen features; solid blue: the query's class,\n"
                      "dotted orange: another", fontsize=8, color=GRAY)
     save_figure(figure, path)
-
-
-def mean_and_std(values: list[float]) -> tuple[float, float]:
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
-
-
-def color_of(arms: Sequence[str], i: int) -> str:
-    """BYOL's arm is the last and blue where there are several; the baseline is gray."""
-    return ((GRAY, BLUE) if len(arms) < 3 else (ORANGE, GRAY, GREEN, BLUE))[i]

@@ -10,48 +10,54 @@ dict (encoder.pt), the curves, and a checkpoint; the same command again continue
 """
 import contextlib
 import math
+import shlex
+import signal
 import sys
+import textwrap
+import time
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 from typing import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from byol import BYOL, effective_rank, learning_rate, render_views, target_decay, two_views
-from data import Split, batch_indices, batches, load_split, place
+from byol import BYOL, build_optimizer, learning_rate, parameter_groups, set_learning_rate, target_decay
+from data import Split, batch_indices, batches, load_for_pretraining, place
+from encoders import build_encoder, digest_of_file, plain_state_dict
+from evaluate import monitor, scores_of, verdict
 from plots import plot_curves, plot_views
-from runs import Run, clear_run, last_state, only_writer, run_folder, write_json
-from utils import (DEMO, UsageError, UserError, autocast, build_encoder, build_optimizer, check_choice, check_training,
-                   choose_threads, compiler, constants_of, digest_of_file, environment, extract_features, fit_logistic,
-                   flag, gain_of, knn_predict, make_tuples, name_of, percent, plain_state_dict, rank_0_first,
-                   resolve_auto, run_script, say, seeded_generator, seeded_init, select_device, select_precision,
-                   start_processes, take_step, verdict_of, warmup_of)
+from utils import (LOCK, UNREADABLE, VERSION, Stopped, UserError, any_process, as_text, autocast, choice,
+                   choose_threads, compiler, constants_of, count, distribute, environment, number, on_signals, one_line,
+                   only_writer, path, progress, rank_0_first, rank_and_world, read_json, refuse_changes, run_folder,
+                   run_script, save_torch, say, seeded_generator, seeded_init, select_device, select_precision, several,
+                   start_processes, timer, whole_file, write_json)
+from views import render_views, two_views
 
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
 DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
-CROP_AREA = "auto"  # smallest share of an image that a view shows (paper: 0.08); auto: 0.5, if INIT is random 0.2
+CROP_AREA = "auto"  # smallest share of an image that a view shows
 BLUR_P = (0.3, 0.03)  # probability of the blur in view 1 and in view 2 (paper: 1, 0.1, at 224 pixels a side)
-JITTER = "auto"  # strength of the colour jitter, as a multiple of the paper's; auto: 0.5, if INIT is random 1
+JITTER = "auto"  # strength of the colour jitter, as a multiple of the paper's
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
-BATCHNORM = "auto"  # of the encoder: batch, or frozen: the statistics of INIT; auto: frozen, if INIT is random batch
-HIDDEN_DIM = "auto"  # width of projector and predictor; auto: 4096, if INIT is random 1024
+BATCHNORM = "auto"  # of the encoder: batch, or frozen: the statistics of INIT
+HIDDEN_DIM = "auto"  # width of projector and predictor
 PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
 EPOCHS = 10  # passes over the unlabeled images
-BATCH_SIZE = "auto"  # images a step, over all GPUs together; auto: 256, if INIT is random 64
+BATCH_SIZE = "auto"  # images a step, over all GPUs together
 OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images; auto: 0.1, if INIT is random 0.05, below 64 px 0.2
-PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns; auto: 1, if INIT is random 10
-WEIGHT_DECAY = "auto"  # of matrices and convolutions alone; auto: 0, if INIT is random 5e-4
+LEARNING_RATE = "auto"  # peak rate per 256 images
+PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns
+WEIGHT_DECAY = "auto"  # of matrices and convolutions alone
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
-BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1; auto: 1, if INIT is random 0.996
+BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1
 SEED = 0  # of the weights, the order of the images and the views
 # The run
 RUN = "byol"  # name of the run's folder in runs/
@@ -60,146 +66,201 @@ PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 LOG_EVERY = 20  # steps between rows of metrics.csv; between them no step waits for its loss
 CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
-DEMO = DEMO | dict(CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2, BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3,
-                   PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4, WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512,
-                   PROJECTION_DIM=128)
-COLUMNS = ["step", "epoch", "loss", "learning_rate", "decay", "spread", "knn", "probe", "rank", "images_per_second"]
-AUTO = {  # where INIT is random, and where it is not
-    # Small images bear a higher rate: encoders fine-tune better by it, though frozen features are worse. At 64 px only
-    # the latter was seen (README.md).
-    "LEARNING_RATE": (lambda c: 0.2 if c.IMAGE_SIZE < 64 else 0.05, 0.1),
-    "CROP_AREA": (0.2, 0.5), "JITTER": (1.0, 0.5), "BATCHNORM": ("batch", "frozen"), "HIDDEN_DIM": (1024, 4096),
-    "BATCH_SIZE": (64, 256), "PREDICTOR_RATE": (10.0, 1.0), "WEIGHT_DECAY": (5e-4, 0.0), "BASE_DECAY": (0.996, 1.0)}
-SHOWN = {"loss": "loss {:.3f}", "spread": "spread {:.3f}", "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%",
-         "rank": "rank {:.0f}"}  # in a line
-CHECKPOINT_VERSION = 4  # raised where a run that an earlier version began cannot be continued bit for bit
+RECIPE = {  # what "auto" stands for where INIT is
+    #                  random            others    (the paper)
+    #                  < 64 px   larger
+    "CROP_AREA":      (0.2,      0.2,     0.5,      0.08),
+    "JITTER":         (1.0,      1.0,     0.5,      1.0),
+    "BATCHNORM":      ("batch",  "batch", "frozen", "batch"),
+    "HIDDEN_DIM":     (1024,     1024,    4096,     4096),
+    "BATCH_SIZE":     (64,       64,      256,      4096),
+    "LEARNING_RATE":  (0.2,      0.05,    0.1,      0.2),  # small images bear a higher one (README.md)
+    "PREDICTOR_RATE": (10.0,     10.0,    1.0,      1.0),
+    "WEIGHT_DECAY":   (5e-4,     5e-4,    0.0,      1.5e-6),
+    "BASE_DECAY":     (0.996,    0.996,   1.0,      0.996)}
+KINDS = {
+    "DATASET": path("stl10", "patterns"), "DATA_ROOT": path(), "IMAGE_SIZE": number(16, whole=True),
+    "CROP_AREA": number(0.01, 1, "auto"), "BLUR_P": several(number(0, 1), exactly=2), "JITTER": number(0, 2, "auto"),
+    "ENCODER": str, "INIT": path("imagenet", "random"), "BATCHNORM": choice("auto", "batch", "frozen"),
+    "HIDDEN_DIM": number(1, math.inf, "auto", whole=True), "PROJECTION_DIM": number(2, whole=True),
+    "EPOCHS": number(1, whole=True), "BATCH_SIZE": number(2, math.inf, "auto", whole=True),
+    "OPTIMIZER": choice("sgd", "adamw"), "LEARNING_RATE": number(0, math.inf, "auto"),
+    "PREDICTOR_RATE": number(0, math.inf, "auto"), "WEIGHT_DECAY": number(0, math.inf, "auto"),
+    "WARMUP_EPOCHS": number(0), "BASE_DECAY": number(0, 1, "auto"), "SEED": number(0, whole=True),
+    "RUN": str, "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32"),
+    "LOG_EVERY": number(1, whole=True), "CHECKPOINT_MINUTES": number(0)}
+DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2,
+            BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4,
+            WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
-PROBE_PENALTY = 0.1  # of the monitor's linear probe; the best of six for random and for good weights, 4,000 images
-MIN_STEPS_TO_COMPILE = 1000  # for fewer, the minute that torch.compile takes is not won back
+COLUMNS = {  # of metrics.csv, and how a line shows them
+    "step": "", "epoch": "", "loss": "loss {:.3f}", "learning_rate": "", "decay": "", "spread": "spread {:.3f}",
+    "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%", "rank": "rank {:.0f}", "images_per_second": "{:,.0f} images/s"}
 
 
-def run(c: SimpleNamespace) -> None:
-    """Pretrain with the constants `c`; each run's folder has one writer."""
-    check_optimizer(c)
-    resolve_auto(c, AUTO)
-    check_constants(c)
-    c.INIT_SHA256 = digest_of_file(c.INIT)  # for the comparison, which starts from the same weights
-    device = select_device(c.DEVICE)
+def pretrain(c: SimpleNamespace) -> None:
+    """Train with the constants `c`, from the last checkpoint where there is one, and fill the run's folder."""
+    resolve(c)
+    folder, device = run_folder(c.RUN), select_device(c.DEVICE)
     rank, world = start_processes(device)
-    if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
-        raise UsageError(f"BATCH_SIZE {c.BATCH_SIZE} does not give each of the {world} processes the same number of "
-                         "images, at least 2")
-    folder = run_folder(c.RUN)
     with only_writer(folder) if rank == 0 else contextlib.nullcontext():
-        pretrain(c, folder, device, rank, world)
+        state = None if c.overwrite else read_state(folder, c)
+        if (folder / "encoder.pt").exists() and not c.overwrite:
+            say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it, and --init "
+                f"{folder / 'encoder.pt'} goes on from its encoder")
+            return
+        c.PRECISION = select_precision(c.PRECISION, device)
+        threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
+        images, train_split = load_images(c, device, state)
+        with rank_0_first():
+            model = build_model(c).to(device, memory_format=torch.channels_last)
+        optimizer = build_optimizer(c.OPTIMIZER, parameter_groups(model, c.WEIGHT_DECAY, "predictor", c.PREDICTOR_RATE))
+        if state:
+            model.load_state_dict(state.pop("model"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+        state = (state or {"step": 0, "losses": [], "rows": [], "before": None, "after": None}) | {
+            "version": VERSION, "constants": constants_of(c), "images": len(images), "world_size": world,
+            "threads": torch.get_num_threads()}
+        say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, "
+            f"{count(c.EPOCHS, 'epoch')} of {count(len(images) // c.BATCH_SIZE, 'step')}, on {device} in {c.PRECISION}"
+            f"{threads}" + f", from step {state['step']}" * (state["step"] > 0))
+        say(textwrap.fill(", ".join(f"{name} {as_text(getattr(c, name))}" for name in RECIPE), 110))
+        if rank == 0:
+            begin_folder(c, folder, images, device)
+        score = partial(monitor, pixels=train_split.pixels, labels=train_split.labels, seed=c.SEED, device=device,
+                        precision=c.PRECISION) if train_split else None
+        if score and state["step"] == 0:  # what BYOL has to rise above
+            state["before"] = score(model.online_encoder)
+            state["rows"] = [{"step": 0, "epoch": 0} | scores_of(state["before"])]
+            say(f"{line_of(state['rows'][0])}  before the first step")
+        train(c, folder, state, images, model, optimizer, score)
+        if rank == 0:
+            save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))  # the sign of a finished run
+    for name, protocol in (("knn", "kNN"), ("probe", "linear probe")) if state["before"] and state["after"] else ():
+        say(verdict(protocol, state["before"][name], state["after"][name]))
+    flags = ["--demo"] * c.demo + ["--run", c.RUN] * (c.RUN != DEMO["RUN"] or not c.demo)
+    flags += ["--data-root", c.DATA_ROOT] * (c.DATA_ROOT != KINDS["DATA_ROOT"]("data"))
+    say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py {shlex.join(flags)}")
 
 
-def pretrain(c: SimpleNamespace, folder: Path, device: torch.device, rank: int, world: int) -> None:
-    """Train from the last checkpoint where there is one, and fill the run's folder."""
-    state = None if c.overwrite else last_state(folder, constants_of(c), FREE, CHECKPOINT_VERSION, AUTO)
-    # An encoder.pt whose checkpoints were deleted, for they are large, is that of a finished run.
-    finished = state["step"] == state["total_steps"] if state else (folder / "encoder.pt").exists()
-    if finished and not c.overwrite:
-        say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it")
-        return
-    # A run goes on in its own precision and threads, whatever `auto` finds now: another machine may continue it.
-    precision = getattr(torch, state["precision"]) if state else select_precision(c.PRECISION, device)
-    threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
-    images, train = load_images(c, device)
+def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: BYOL, optimizer: torch.optim.Optimizer,
+          score: Callable | None) -> None:
+    """BYOL, from the step where `state` stands to the last one, after which it is saved. score: `monitor` of an
+    encoder. Raises Stopped where a signal, to any of the processes, asked for it."""
+    device, (rank, world) = model.spread.device, rank_and_world()
     steps_per_epoch = len(images) // c.BATCH_SIZE  # the remainder is dropped
-    if steps_per_epoch == 0:
-        raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(images)} images: lower it")
-    if state and state["images"] != len(images):
-        raise UserError(f"DATASET {c.DATASET!r} has {len(images)} images, and {state['images']} when {folder} was "
-                        "begun: bring them back, choose another RUN, or use --overwrite to start anew")
-
-    with rank_0_first():
-        model = build_model(c).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, c.OPTIMIZER, c.LEARNING_RATE, c.WEIGHT_DECAY, "predictor", c.PREDICTOR_RATE)
-    facts = {"images": len(images), "version": CHECKPOINT_VERSION, "precision": name_of(precision),
-             "threads": torch.get_num_threads(), "world_size": world,
-             "right_before": state["right_before"] if state else None}
-    run = Run(folder, c, steps_per_epoch, device, {"model": model, "optimizer": optimizer}, facts, COLUMNS, SHOWN,
-              plot_curves)
-    if state:
-        run.resume(state)
-        if state["world_size"] != world:
-            say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
-        state = None  # its memory is not needed any more
-    say(f"BYOL: {len(images):,} images, {c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, {c.EPOCHS} "
-        f"epochs of {steps_per_epoch} steps, on {device} in {name_of(precision)}{threads}"
-        + (f", from step {run.step} of {run.total_steps}" if run.step else ""))
-    network, draw = prepare(model, device, run.total_steps - run.step)
-    watch = partial(monitor, train=train, seed=c.SEED, device=device, precision=precision) if train else None
-    c.began_anew = c.overwrite
+    total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, round(c.WARMUP_EPOCHS * steps_per_epoch)
+    compiled = compiler(device, total_steps - state["step"])
+    draw, network = compiled(render_views), compiled(model) if world == 1 else distribute(model, device)
+    indices = batch_indices(c.SEED, "order", len(images), c.BATCH_SIZE, state["step"], total_steps, rank, world)
+    line_due, figure_due, checkpoint_due = timer(30), timer(60), timer(60 * c.CHECKPOINT_MINUTES)
+    losses, signals = [], []  # losses: those that the host has not read yet
+    with on_signals(signals), progress(total=total_steps * c.BATCH_SIZE, initial=state["step"] * c.BATCH_SIZE,
+                                       unit="image", unit_scale=True) as bar:
+        first_step, start = state["step"], time.monotonic()  # of the steps since the last row
+        for step, batch in enumerate(batches(images, indices, device), start=state["step"]):
+            views = two_views(batch, c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank), c.CROP_AREA, c.BLUR_P,
+                              c.JITTER, draw)
+            rate = learning_rate(step, total_steps, warmup_steps, c.LEARNING_RATE * c.BATCH_SIZE / 256)
+            tau = target_decay(step, total_steps, c.BASE_DECAY)
+            losses.append(train_step(network, model, optimizer, views, rate, tau, c.PRECISION))
+            bar.update(c.BATCH_SIZE)
+            state["step"] = step = step + 1
+            epoch_ends = step % steps_per_epoch == 0
+            if epoch_ends or step % c.LOG_EVERY == 0:
+                read_losses(state, losses, model if epoch_ends else None)
+                speed = (step - first_step) * c.BATCH_SIZE / (time.monotonic() - start)
+                row = {"step": step, "epoch": step / steps_per_epoch, "loss": mean(state["losses"]), "decay": tau,
+                       "learning_rate": rate, "spread": model.spread.item(), "images_per_second": round(speed, 1)}
+                if epoch_ends and score:
+                    state["after"] = score(model.online_encoder)
+                    row |= scores_of(state["after"])
+                state["losses"] = []
+                state["rows"].append(row)
+                if epoch_ends or bar.disable and line_due():
+                    minutes = (total_steps - step) * c.BATCH_SIZE / speed / 60
+                    say(f"epoch {row['epoch']:.2f} of {c.EPOCHS}  {line_of(row)}  {minutes:.0f} min left")
+                warn_of_collapse(c, state["rows"])
+                if rank == 0 and figure_due():
+                    write_rows(folder, state["rows"], c)
+                first_step, start = step, time.monotonic()
+            if (world == 1 or step % c.LOG_EVERY == 0) and any_process(bool(signals), device):
+                break
+            if checkpoint_due():
+                save(folder, state, losses, model, optimizer)
+        save(folder, state, losses, model, optimizer)
     if rank == 0:
-        if c.overwrite:  # only now, when everything that could be wrong has been looked at
-            clear_run(folder)
-        where = environment(device, precision)
-        write_json(folder / "config.json", {"constants": constants_of(c), "environment": where})
-        sample = images[:12].to(device)
-        plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
-                                                            c.CROP_AREA, c.BLUR_P, c.JITTER))
-    with run.recording():
-        if run.step == 0 and watch and rank == 0:  # what BYOL has to rise above
-            run.facts["right_before"] = watch(model.online_encoder)
-            scores = scores_of(run.facts["right_before"])
-            run.note(step=0, epoch=0, **scores)
-            say("  ".join(SHOWN[name].format(score) for name, score in scores.items()) + "  before the first step")
-        right = train_epochs(c, run, images, model, network, optimizer, precision, draw, watch)
-        run.finish("encoder.pt", plain_state_dict(model.online_encoder))
-    before = run.facts["right_before"]
-    if before and right and len(before["knn"]) == len(right["knn"]):  # not where train/ changed on the way
-        for name, label in (("knn", "kNN"), ("probe", "linear probe")):
-            say(verdict(label, before[name], right[name], c.INIT))
-    say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py"
-        + " --demo" * c.demo + "".join(f" {flag(name)} {getattr(c, name)}" for name in ("RUN", "DATA_ROOT")
-                                       if name in c.given))
-
-
-def train_epochs(c: SimpleNamespace, run: Run, images: Tensor, model: BYOL, network: nn.Module,
-                 optimizer: torch.optim.Optimizer, precision: torch.dtype, draw: Callable,
-                 watch: Callable | None) -> dict[str, Tensor] | None:
-    """BYOL, from the step where the run stands to its last, or until it is asked to stop; what `watch` saw last.
-
-    network: `model` as it is called, distributed or compiled. draw: render_views or its compiled form. watch: `monitor`
-    of an encoder.
-    """
-    right, warmup_steps = None, warmup_of(c, run.steps_per_epoch)
-    indices = batch_indices(c.SEED, "order", len(images), c.BATCH_SIZE, run.step, run.total_steps, run.rank, run.world)
-    for batch in batches(images, indices, run.device):
-        generator = seeded_generator(c.SEED, "views", run.step, run.rank)
-        views = two_views(batch, c.IMAGE_SIZE, generator, c.CROP_AREA, c.BLUR_P, c.JITTER, draw)
-        rate = learning_rate(run.step, run.total_steps, warmup_steps, c.LEARNING_RATE * c.BATCH_SIZE / 256)
-        tau = target_decay(run.step, run.total_steps, c.BASE_DECAY)
-        loss = train_step(network, model, optimizer, views, rate, tau, precision)
-        run.count(loss)
-        if run.row_is_due:
-            scores = {}
-            if run.epoch_ends and watch:
-                run.check_health()  # features of sick weights are no numbers
-                scores = scores_of(right := watch(model.online_encoder))
-            run.log(learning_rate=rate, decay=tau, spread=(spread := model.spread.item()), **scores)
-            if spread < 0.1 * c.PROJECTION_DIM ** -0.5:
-                run.warn(f"the embeddings collapse: their spread is {spread:.4f} where {c.PROJECTION_DIM ** -0.5:.3f} "
-                         "is healthy; lower LEARNING_RATE" + " or raise BASE_DECAY" * (c.BASE_DECAY < 1))
-        if not run.goes_on():
-            break
-    return right
+        write_rows(folder, state["rows"], c)
+    if state["step"] < total_steps:
+        raise Stopped(signals[0] if signals else signal.SIGTERM, f"after step {state['step']} of {total_steps}")
 
 
 def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],
-               rate: float, tau: float, precision: torch.dtype) -> Tensor:
-    """One step of the online network by the optimizer and one of the target by the average; the loss, on the device.
-
-    network: `model`, or its DistributedDataParallel.
-    """
+               rate: float, tau: float, precision: str) -> Tensor:
+    """One step of the online network by the optimizer, then one of the target by the average. The loss, on the device.
+    network: `model` as it is called, distributed or compiled."""
     view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views)
     with autocast(view1.device, precision):
         loss = network(view1, view2)
-    take_step(optimizer, loss, rate)
+    set_learning_rate(optimizer, rate)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
     model.update_target(tau)
     return loss.detach().clone()  # where a CUDA graph is replayed, its next loss takes this one's place
+
+
+def resolve(c: SimpleNamespace) -> None:
+    """Give each constant that is "auto" its value. Raises UserError for constants that contradict each other."""
+    if c.OPTIMIZER == "adamw" and "auto" in (c.LEARNING_RATE, c.WEIGHT_DECAY):
+        raise UserError("OPTIMIZER is adamw, but auto is for sgd: give LEARNING_RATE and WEIGHT_DECAY, too")
+    column = 2 if c.INIT != "random" else int(c.IMAGE_SIZE >= 64)
+    for name in RECIPE:
+        setattr(c, name, RECIPE[name][column] if getattr(c, name) == "auto" else getattr(c, name))
+    if c.BATCHNORM == "frozen" and c.INIT == "random":
+        raise UserError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto (--batchnorm)")
+    c.INIT_SHA256 = digest_of_file(c.INIT)  # the comparison starts from the same weights
+
+
+def read_state(folder: Path, c: SimpleNamespace) -> dict | None:
+    """What the run's checkpoint holds, None where there is none; a precision that is "auto" becomes the run's own.
+    Raises UserError where it cannot be read, or is that of a run with other constants."""
+    file, config = folder / "checkpoint.pt", folder / "config.json"
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+        begun = state or (read_json(config, "constants") if config.exists() else {"constants": {}})
+        constants = begun["constants"]
+    except UNREADABLE as error:
+        raise UserError(f"{file} cannot be read ({one_line(error)[:80]}): --overwrite starts anew") from error
+    if begun.get("version", VERSION) != VERSION:
+        raise UserError(f"{folder} was begun by an earlier version of this code, and cannot be continued by this one: "
+                        "finish it with that version, choose another RUN, or use --overwrite to start anew")
+    if c.PRECISION == "auto":
+        c.PRECISION = constants.get("PRECISION", "auto")
+    refuse_changes(constants, c, file if state else config, FREE)
+    return state
+
+
+def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) -> tuple[Tensor, Split | None]:
+    """Images to pretrain on, and the labelled training split to watch them by, if there is one. Raises UserError where
+    there are too few, or others than the run has begun with."""
+    with rank_0_first():
+        unlabeled, train_split = load_for_pretraining(c.DATASET, c.DATA_ROOT, c.IMAGE_SIZE)
+    images, world = len(unlabeled.pixels), rank_and_world()[1]
+    if c.BATCH_SIZE > images:
+        raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {count(images, 'image')}: lower it")
+    if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
+        raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not give each of the {world} processes the same number of "
+                        "images, at least 2")
+    if state and state["images"] != images:
+        raise UserError(f"DATASET {c.DATASET!r} has {count(images, 'image')}, and {state['images']:,} when the run was "
+                        "begun: bring them back, choose another RUN, or use --overwrite to start anew")
+    if state and state["world_size"] != world:
+        say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
+    pixels = place(unlabeled.pixels, device)
+    if train_split is unlabeled:
+        return pixels, train_split._replace(pixels=pixels)
+    return pixels, train_split and train_split._replace(pixels=place(train_split.pixels, device))
 
 
 def build_model(c: SimpleNamespace) -> BYOL:
@@ -208,86 +269,63 @@ def build_model(c: SimpleNamespace) -> BYOL:
         return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, frozen_batchnorm=c.BATCHNORM == "frozen")
 
 
-def prepare(model: BYOL, device: torch.device, steps: int) -> tuple[nn.Module, Callable]:
-    """The network as it is called, and render_views: distributed over the processes, compiled where that pays."""
-    compiled = compiler(device, steps >= MIN_STEPS_TO_COMPILE)
-    if dist.is_initialized():
-        on_gpu = device.type == "cuda"
-        if on_gpu:
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
-        # Not compiled, for SyncBatchNorm cannot be traced. Buffers need no broadcast: it keeps them equal, and on a CPU
-        # rank 0's are the ones that stay.
-        network = nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None,
-                                                      broadcast_buffers=False)
-    else:
-        network = compiled(model)
-    return network, compiled(render_views)
+def begin_folder(c: SimpleNamespace, folder: Path, images: Tensor, device: torch.device) -> None:
+    """Write config.json and views.png. Nothing else of an earlier run stays with --overwrite: it goes only here, when
+    everything that could be wrong has been looked at, and encoder.pt first."""
+    for file in sorted(folder.iterdir(), key=lambda file: file.name != "encoder.pt") if c.overwrite else ():
+        if file.name != LOCK and file.is_file():
+            file.unlink()
+    write_json(folder / "config.json", {"version": VERSION, "constants": constants_of(c),
+                                        "environment": environment(device) | {"precision": c.PRECISION}})
+    sample = images[:12].to(device)
+    plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
+                                                        c.CROP_AREA, c.BLUR_P, c.JITTER))
 
 
-def load_images(c: SimpleNamespace, device: torch.device) -> tuple[Tensor, Split | None]:
-    """Images to pretrain on, and the labelled training split to watch them by, if there is one."""
-    with rank_0_first():
-        train = load_split(c.DATASET, "train", c.DATA_ROOT, c.IMAGE_SIZE)
-        unlabeled = load_split(c.DATASET, "unlabeled", c.DATA_ROOT, c.IMAGE_SIZE) or train
-    if unlabeled is None:
-        raise UserError(f"DATASET {c.DATASET!r} has neither unlabeled/ nor train/: there are no images to pretrain on")
-    images = place(unlabeled.pixels, device)
-    if train:
-        train = train._replace(pixels=images if train is unlabeled else place(train.pixels, device))
-    return images, train
+def read_losses(state: dict, losses: list[Tensor], model: BYOL | None = None) -> None:
+    """Bring the losses to the host, which waits for the device here and nowhere else. Raises UserError where one of
+    them, or a weight of the model, is no longer finite."""
+    state["losses"] += torch.stack(losses).tolist() if losses else []
+    losses.clear()
+    first = state["step"] - len(state["losses"]) + 1
+    sick = [f"the loss is no longer finite at step {step}" for step, loss in enumerate(state["losses"], first)
+            if not math.isfinite(loss)]
+    if model and not all(p.isfinite().all() for p in model.parameters()):
+        sick.append(f"weights are no longer finite after step {state['step']}")
+    if sick:
+        raise UserError(f"{sick[0]}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS or set PRECISION to fp32; the last "
+                        "checkpoint is kept")
 
 
-def monitor(encoder: nn.Module, train: Split, seed: int, device: torch.device,
-            precision: torch.dtype) -> dict[str, Tensor]:
-    """Which of 20% of the labelled training images kNN and a linear probe get right from the other 80%: bool [M] each;
-    and the effective `rank` of all their features. No test image is seen.
-    """
-    order = torch.randperm(len(train.labels), generator=seeded_generator(seed, "monitor"))
-    features = extract_features(encoder, train.pixels, device, precision).cpu()[order]
-    (bank, queries), (labels, truth) = (x.tensor_split([int(0.8 * len(x))]) for x in (features, train.labels[order]))
-    probe = fit_logistic(bank, labels, len(train.classes), PROBE_PENALTY)
-    return {"knn": knn_predict(bank, labels, queries, len(train.classes)) == truth,
-            "probe": probe(queries).argmax(dim=1) == truth, "rank": effective_rank(features)}
+def save(folder: Path, state: dict, losses: list[Tensor], model: BYOL, optimizer: torch.optim.Optimizer) -> None:
+    read_losses(state, losses, model)
+    if rank_and_world()[0] == 0:
+        weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_torch(folder / "checkpoint.pt", state | weights)
 
 
-def scores_of(watched: dict[str, Tensor]) -> dict[str, float]:
-    """What `monitor` saw, in numbers: right answers in percent."""
-    return {name: percent(x) if x.dtype == torch.bool else round(x.item(), 1) for name, x in watched.items()}
+def write_rows(folder: Path, rows: list[dict[str, float]], c: SimpleNamespace) -> None:
+    """metrics.csv and curves.png, from the rows so far."""
+    lines = [",".join(COLUMNS)] + [",".join(str(row.get(name, "")) for name in COLUMNS) for row in rows]
+    with whole_file(folder / "metrics.csv") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    plot_curves(folder / "curves.png", rows, c)
 
 
-def verdict(protocol: str, before: Tensor, after: Tensor, init: str) -> str:
-    """What pretraining did to the frozen features, in words, from which of the same images a protocol got right."""
-    gain, half = gain_of(after.double() - before.double())
-    line = f"{protocol} went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {half:.1f} (95%): "
-    return line + {"cannot tell": f"{len(after):,} held-out images cannot tell whether pretraining changed it",
-                   "gained": "pretraining gained",
-                   "LOST": "pretraining LOST; " + ("train for more EPOCHS or lower LEARNING_RATE" if init == "random"
-                                                   else "lower LEARNING_RATE or raise CROP_AREA"),
-                   }[verdict_of(gain, half)]
+def line_of(row: dict[str, float]) -> str:
+    return "  ".join(form.format(row[name]) for name, form in COLUMNS.items() if form and name in row)
 
 
-def check_optimizer(c: SimpleNamespace) -> None:
-    """Raise UsageError for a constant that is left to "auto", which is for SGD, where that is not the optimizer."""
-    left = [name for name in ("LEARNING_RATE", "WEIGHT_DECAY") if getattr(c, name) == "auto"]
-    if left and c.OPTIMIZER == "adamw":
-        raise UsageError(f"OPTIMIZER is adamw, but auto is for sgd: give {' and '.join(left)}, too")
-
-
-def check_constants(c: SimpleNamespace) -> None:
-    make_tuples(c, "BLUR_P")
-    check_training(c, PREDICTOR_RATE=(0, math.inf), JITTER=(0, 2), BLUR_P=(0, 1), HIDDEN_DIM=(1, math.inf),
-                   PROJECTION_DIM=(2, math.inf), BASE_DECAY=(0, 1), LOG_EVERY=(1, math.inf),
-                   CHECKPOINT_MINUTES=(0, math.inf))
-    if len(c.BLUR_P) != 2:
-        raise UsageError(f"BLUR_P is {','.join(map(str, c.BLUR_P))}: it must be two probabilities ({flag('BLUR_P')})")
-    check_choice("BATCHNORM", c.BATCHNORM, ["batch", "frozen"])
-    if c.BATCHNORM == "frozen" and c.INIT == "random":
-        raise UsageError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto or batch "
-                         "(--batchnorm)")
+def warn_of_collapse(c: SimpleNamespace, rows: list[dict]) -> None:
+    """A warning where the last row is the first whose embeddings have nearly collapsed."""
+    healthy = c.PROJECTION_DIM ** -0.5
+    if rows[-1]["spread"] < 0.1 * healthy <= min((row["spread"] for row in rows[:-1] if "spread" in row), default=1):
+        say(f"warning: the embeddings collapse: their spread is {rows[-1]['spread']:.4f}, healthy is {healthy:.3f}: "
+            "lower LEARNING_RATE or raise BASE_DECAY")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(globals(), argv)
+    return run_script(pretrain, globals(), argv)
 
 
 if __name__ == "__main__":

@@ -3,55 +3,47 @@
     python train_classifier.py --demo            after train_byol.py --demo
     python train_classifier.py                   after train_byol.py
     python train_classifier.py --run A,B,C       after train_byol.py --run A, B and C, which differ in SEED alone
-    python train_classifier.py --folds           STL-10's own protocol: its ten folds of 1,000 labelled images
+    python train_classifier.py --run none        the half without BYOL
 
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes
-the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Where that began
-with ImageNet weights or a file's, two controls show what BYOL is to be measured against: random weights, and those
-weights with nothing new but the BatchNorm statistics of these images; --no-controls saves their time. Dataset, encoder,
-init and image size are those of the run. Reported is the accuracy on the test images after the last epoch, never the
-best one.
+the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Reported is the
+accuracy on the test images after the last epoch, never the best one.
 """
-import base64
 import copy
 import math
 import sys
 import textwrap
 import time
-from functools import partial
-from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Iterable, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
-from byol import CROP_DRAWS, crop_of, crop_resize, learning_rate, normalize, send
+from byol import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from data import Split, batch_indices, fetch, load_folds, load_split, place
-from plots import plot_comparison, plot_lines, plot_neighbors
-from runs import only_writer, read_json, run_folder, same_constants, save_torch, stop_signals, write_json
-from utils import (DEMO, Stopped, UsageError, UserError, autocast, build_encoder, build_optimizer, check_training,
-                   choose_threads, compiler, constants_of, digest_of_file, environment, extract_features, fit_logistic,
-                   flag, fold_standardisation, gain_of, knn_predict, make_tuples, network_input, percent,
-                   plain_state_dict, progress, resolve_auto, run_script, seeded_generator, seeded_init, select_device,
-                   select_precision, take_step, verdict_of, warmup_of)
+from encoders import build_encoder, digest_of_file, plain_state_dict
+from evaluate import (extract_features, fifths, fold_standardisation, gain_interval, knn_predict, linear_probe, percent,
+                      verdict_of)
+from plots import plot_label_efficiency, plot_neighbors
+from utils import (VERSION, UserError, as_text, autocast, choice, choose_threads, compiler, constants_of, count,
+                   environment, flag, nearest, number, only_writer, path, progress, read_json, refuse_changes,
+                   run_folder, run_script, save_torch, say, seeded_generator, seeded_init, select_device,
+                   select_precision, several, timer, write_json)
+from views import CROP_DRAWS, crop_of, crop_resize, normalize, send
 
-# What to compare; the four after RUN are taken from the run where it exists
-RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; results go to runs/RUN/
-DATASET = "stl10"  # stl10, patterns, or a folder with train/<class>/ and test/<class>/
-IMAGE_SIZE = 96  # pixels a side
-ENCODER = "resnet18"  # any torchvision ResNet by name
-INIT = "imagenet"  # what "without BYOL" starts from: imagenet, random, or a file with a state dict
-LABELS_PER_CLASS = (10, 50, "all")  # budgets to learn from: labelled training images of each class, or all
+# What to compare
+RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; or none
+DATASET = "run"  # run: that of RUN; stl10, patterns, or a folder with train/<class>/ and test/<class>/
+IMAGE_SIZE = "run"  # pixels a side
+ENCODER = "run"  # any torchvision ResNet by name
+INIT = "run"  # what "without BYOL" starts from: imagenet, random, or a file with a state dict
+LABELS_PER_CLASS = (10, 50, "all")  # budgets: labelled images of each class, all, or fold: one of STL-10's ten a seed
 SEEDS = (0, 1, 2)  # one training each; a seed decides the labelled subset, the head, the crops and random weights
-CONTROLS = True  # where INIT is not random: also random weights, and INIT's with these images' BatchNorm statistics
-FOLDS = False  # learn from STL-10's ten predefined folds of 1,000 images, one a seed, instead
 # Fine-tuning
 EPOCHS = "auto"  # passes over all labelled images; fewer of them take as many steps; auto: 10, if INIT is random 40
 BATCH_SIZE = 64  # images a step
@@ -66,131 +58,264 @@ DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
 DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
-DEMO = DEMO | dict(LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=(1e-2,))
-AUTO = {"EPOCHS": (40, 10)}  # where INIT is random, and where it is not
-FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "CONTROLS", "FOLDS", "EPOCHS"}  # between calls
-OF_THE_RUN = ("DATASET", "IMAGE_SIZE", "ENCODER", "INIT")
+KINDS = {
+    "RUN": several(str), "DATASET": path("run", "stl10", "patterns"), "ENCODER": str,
+    "IMAGE_SIZE": number(16, math.inf, "run", whole=True), "INIT": path("run", "imagenet", "random"),
+    "LABELS_PER_CLASS": several(number(1, math.inf, "all", "fold", whole=True)),
+    "SEEDS": several(number(0, whole=True)), "EPOCHS": number(1, math.inf, "auto", whole=True),
+    "BATCH_SIZE": number(2, whole=True), "OPTIMIZER": choice("sgd", "adamw"), "LEARNING_RATE": several(number(0)),
+    "HEAD_RATE": number(0), "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "CROP_AREA": number(0.01, 1),
+    "DATA_ROOT": path(), "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32")}
+DEMO = dict(RUN="demo", LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=1e-2)
+OF_THE_RUN = {  # what "run" means where RUN is none, and with --demo
+    "DATASET": ("stl10", "patterns"), "IMAGE_SIZE": (96, 32), "ENCODER": ("resnet18", "resnet18"),
+    "INIT": ("imagenet", "random")}
+FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "EPOCHS", "LEARNING_RATE",  # may change between
+        "DATASET", "INIT"}  # calls; of these two only the path
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
-RESULTS_VERSION = 3  # raised where what an earlier version measured cannot be compared with this one's
-HELD_OUT = 500  # labelled images, at least, that a rate is judged by, where so many are labelled
-MIN_STEPS_TO_COMPILE = 4000  # of some 7 ms that are saved in each, where compiling takes half a minute
+HELD_OUT, MOST_FIFTHS = 500, 2  # a rate is judged by as many fifths as hold so many images, but at most by so many
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
-RANDOM, BASELINE, BATCHNORM, WITH_BYOL = "random weights", "without BYOL", "BatchNorm only", "with BYOL"
-FOLD = "fold"  # the budget of one of STL-10's folds
-PROBE_PENALTIES = tuple(10.0 ** e for e in range(-3, 2))  # L2 penalties that the linear probe chooses from
+BASELINE, WITH_BYOL = "without BYOL", "with BYOL"
 
 
-class Cell(NamedTuple):
-    """One training of the comparison."""
+class Training(NamedTuple):
+    """One training of the comparison, as its record names it."""
     seed: int
     arm: str
     labels: int | str
     epochs: int
+    rate: float | None  # None: not chosen yet
+    fifth: int | None = None  # of the labelled images, held out to judge the rate; None: tested on the test images
 
 
-class Trainee:
-    """The network that is trained: each training takes place in the memory of the first, whose steps a GPU has recorded.
-
-    compiled: what is done to a function before it is called again and again.
-    """
-
-    def __init__(self, compiled: Callable = lambda function: function):
-        self.compiled, self.network = compiled, None
-
-    def become(self, network: nn.Module) -> nn.Module:
-        """Take on the weights and buffers of `network`; what the training before it returned is gone then."""
-        if self.network is None:
-            self.network, self.head = network, network.fc
-            self.forward, self.crops = self.compiled(network), self.compiled(crops)
-        self.network.fc = self.head  # fine_tune puts another in its place
-        self.network.load_state_dict(network.state_dict())
-        return self.network.train()
-
-
-class Task(NamedTuple):
+class Setup(NamedTuple):
     """What all trainings of a comparison share."""
     c: SimpleNamespace
     train: Split
     test: Split
     device: torch.device
-    precision: torch.dtype
     encoders: list[Path]  # one of each pretraining run; a seed takes the one whose number is seed modulo runs
-    trainee: Trainee
-    folds: list[Tensor] = []
-    signals: list[int] = []
-    features: dict | None = None  # of training and test images, by each encoder that was asked
+    network: nn.Module    # each training takes place in its memory, because a GPU has recorded the steps of the first
+    forward: Callable     # `network` and `crops`, compiled where that pays
+    crop: Callable
+    advance: Callable     # called with a title after each step
+    frozen: dict          # what `frozen_encoder` has returned
 
 
-def run(c: SimpleNamespace) -> None:
-    """Compare the arms with the constants `c`; each folder of results has one writer."""
-    encoders = adopt_runs(c)
-    resolve_auto(c, AUTO)
-    check_constants(c)
-    if c.FOLDS:
-        c.SEEDS, c.LABELS_PER_CLASS = c.SEEDS if "SEEDS" in c.given else tuple(range(10)), (FOLD,)
-    turns = [sum(seed % len(encoders) == i for seed in c.SEEDS) for i in range(len(encoders))]
-    if len(set(turns)) > 1:
-        raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} do not take the runs {c.RUN} equally often: of "
-                         f"{len(turns)} runs, seed s takes that of number s modulo {len(turns)}, counted from 0")
-    folder = run_folder(*c.RUN.split(","))
-    if not encoders:
-        print(f"there is no pretraining in {folder}: this is the half without BYOL", flush=True)
-    with only_writer(folder):
-        compare(c, folder, encoders)
-
-
-def compare(c: SimpleNamespace, folder: Path, encoders: list[Path]) -> None:
+def compare(c: SimpleNamespace) -> None:
     """Train what is missing of every seed, arm and budget; leaves the table, results.json, classifier.pt, figures."""
-    device = select_device(c.DEVICE)
-    precision = select_precision(c.PRECISION, device)
-    threads = choose_threads(device)
-    train, test = (load_labelled(c, split, device) for split in ("train", "test"))
-    if c.BATCH_SIZE > len(train.labels):
-        raise UsageError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {len(train.labels)} training images: "
-                         "lower it")
-    folds = load_folds(c.DATA_ROOT, len(train.labels)) if c.FOLDS else []
-    budgets = affordable(c.LABELS_PER_CLASS, train)
-    inputs = {f"encoder.pt (number {i} of RUN)": digest_of_file(path) for i, path in enumerate(encoders)}
-    inputs["INIT"] = digest_of_file(c.INIT)
-    inputs |= {f"{name}/ of DATASET": digest_of(split) for name, split in (("train", train), ("test", test))}
-    results = open_results(folder / "results.json", c, environment(device, precision), inputs)
-    controls = c.CONTROLS and c.INIT != "random"
-    arms = [RANDOM] * controls + [BASELINE] + [BATCHNORM] * controls + [WITH_BYOL] * bool(encoders)
-    print(f"{c.DATASET}: {len(train.labels):,} training and {len(test.labels):,} test images of {len(train.classes)} "
-          f"classes\n{c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in "
-          f"{results['environment']['precision']}{threads}", flush=True)
-
-    save = partial(write_json, folder / "results.json", results)
-    with stop_signals() as signals:
-        cells = {Cell(*(record[name] for name in Cell._fields)): record for record in results["records"]}
-        trainings = sum(Cell(*key, c.EPOCHS) not in cells for key in product(c.SEEDS, arms, budgets))
-        if len(c.LEARNING_RATE) > 1:
-            trainings *= 1 + len(c.LEARNING_RATE)  # about: each rate is tried on one to five folds
-        steps = trainings * c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)
-        trainee = Trainee(compiler(device, steps >= MIN_STEPS_TO_COMPILE))
-        task = Task(c, train, test, device, precision, encoders, trainee, folds, signals, features={})
-        if c.overwrite:
-            save()
-            c.began_anew = True
-        for seed, arm in product(c.SEEDS, arms):
-            missing = [cell for labels in budgets if (cell := Cell(seed, arm, labels, c.EPOCHS)) not in cells]
-            start = build_arm(task, arm, seed) if missing else ()
-            for cell in missing:
-                record, network = train_cell(task, cell, *start, choose_rate(task, cell, results["trials"], save))
-                if arm == arms[-1] and all(effort(cell, train) > effort(other, train) for other in cells
-                                           if other.arm == arm):
-                    save_torch(folder / "classifier.pt", plain_state_dict(network))
-                results["records"].append(record)
-                cells[cell] = record
-                save()
-                print(f"seed {seed} {cell.labels:>4} labels {arm:<14}"
-                      + "".join(f"  {name} {record[name]:.1f}" for name in PROTOCOLS), flush=True)
-
-    report(task, folder, results, cells, arms, budgets)
+    encoders = adopt_runs(c)
+    c.EPOCHS = (40 if c.INIT == "random" else 10) if c.EPOCHS == "auto" else c.EPOCHS
+    folder, device = run_folder(*c.RUN), select_device(c.DEVICE)
+    c.PRECISION = select_precision(c.PRECISION, device)
+    with only_writer(folder):
+        train, test = (load_labelled(c, split, device) for split in ("train", "test"))
+        check_constants(c, len(encoders), train)
+        arms = [BASELINE] + [WITH_BYOL] * bool(encoders)
+        results = open_results(c, folder, encoders, train, test)
+        records = {Training(*(record[name] for name in Training._fields)): record for record in results["records"]}
+        missing = [training for training in plan(c, records, arms, train) if training not in records]
+        steps = c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)  # of each; the remainder is dropped
+        say(f"{Path(c.DATASET).name}: {count(len(train.labels), 'training image')} and "
+            f"{count(len(test.labels), 'test image')} of {len(train.classes)} classes\n{c.ENCODER} from "
+            f"{Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in {c.PRECISION}{choose_threads(device)}\n"
+            f"{count(len(missing), 'training')} of {count(steps, 'step')} to do")
+        setup = build_setup(c, train, test, device, encoders, len(missing) * steps)
+        while missing:
+            training = missing[0]
+            records[training], network = run_training(setup, training)
+            kept = {t: (images_of(t.labels, train), t.epochs) for t in records if t.fifth is None and t.arm == arms[-1]}
+            if training in kept and kept[training] == max(kept.values()) and training.seed == next(iter(kept)).seed:
+                save_torch(folder / "classifier.pt", plain_state_dict(network))
+            results |= {"records": list(records.values()), "environment": environment(device)}
+            write_json(folder / "results.json", results)
+            missing = [training for training in plan(c, records, arms, train) if training not in records]
+        report(setup, folder, results, records, arms)
     if not encoders:
-        same = [f"{flag(name)} {getattr(c, name)}" for name in ("RUN", "DATA_ROOT", *OF_THE_RUN) if name in c.given]
-        command = " ".join(["python train_byol.py", *["--demo"] * c.demo, *same])
-        print(f"\nFor the half with BYOL: {command}, then this command again.")
+        say("\nfor the half with BYOL: python train_byol.py, and then the command that it ends with")
+
+
+def plan(c: SimpleNamespace, records: dict[Training, dict], arms: list[str], train: Split) -> list[Training]:
+    """All trainings: those that judge the rates, then those of the table, by the best rate of each arm and budget. The
+    rates are judged with one seed for all arms, also for those that are added later."""
+    seed = next((known.seed for known in records if known.fifth is not None), c.SEEDS[0])
+    rates = c.LEARNING_RATE if len(c.LEARNING_RATE) > 1 else ()
+    trials = [Training(seed, arm, labels, c.EPOCHS, rate, fifth)
+              for arm, labels, rate in product(arms, c.LABELS_PER_CLASS, rates)
+              for fifth in range(min(MOST_FIFTHS, math.ceil(5 * HELD_OUT / images_of(labels, train))))]
+    return trials + [Training(seed, arm, labels, c.EPOCHS, best_rate(c, records, trials, arm, labels))
+                     for seed, arm, labels in product(c.SEEDS, arms, c.LABELS_PER_CLASS)]
+
+
+def best_rate(c: SimpleNamespace, records: dict[Training, dict], trials: list[Training], arm: str,
+              labels: int | str) -> float | None:
+    """The rate with the highest accuracy on held-out images; None as long as not all are tried."""
+    trials = [trial for trial in trials if (trial.arm, trial.labels) == (arm, labels)]
+    if any(trial not in records for trial in trials):
+        return None
+    return max(c.LEARNING_RATE, key=lambda rate: sum(records[t]["fine-tuning"] for t in trials if t.rate == rate))
+
+
+def images_of(labels: int | str, train: Split) -> int:
+    """How many labelled images a budget pays."""
+    return {"all": len(train.labels), "fold": 1000}.get(labels) or labels * len(train.classes)
+
+
+def build_setup(c: SimpleNamespace, train: Split, test: Split, device: torch.device, encoders: list[Path],
+                steps: int) -> Setup:
+    network, feature_dim = build_encoder(c.ENCODER, "random", 0)
+    network.fc = new_head(feature_dim, len(train.classes), 0)
+    network = network.to(device, memory_format=torch.channels_last)
+    compiled = compiler(device, steps)
+    forward, crop = compiled(network), compiled(crops)
+    return Setup(c, train, test, device, encoders, network, forward, crop, progress_over(steps), frozen={})
+
+
+def progress_over(steps: int) -> Callable[[str], None]:
+    """What is called with a title after each step: a bar on a terminal, elsewhere a line each half minute."""
+    bar, line_due, start, done = progress(total=steps, unit="step"), timer(30), time.monotonic(), 0
+
+    def advance(title: str) -> None:
+        nonlocal done
+        done += 1
+        bar.update()
+        bar.set_description(title, refresh=False)
+        if bar.disable and line_due():
+            minutes = (time.monotonic() - start) / done * (steps - done) / 60
+            say(f"{title}: step {done:,} of {steps:,}, {minutes:.0f} min left")
+    return advance
+
+
+def new_head(feature_dim: int, classes: int, seed: int) -> nn.Sequential:
+    """A linear layer behind a BatchNorm without weights, as in He et al. 2022 (MAE, appendix A.1): features that nobody
+    trained with labels are ill scaled."""
+    with seeded_init(seed, "head"):
+        return nn.Sequential(nn.BatchNorm1d(feature_dim, affine=False), nn.Linear(feature_dim, classes))
+
+
+def frozen_encoder(setup: Setup, arm: str, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The weights that an arm starts from, and their features of the training and of the test images."""
+    init = str(setup.encoders[seed % len(setup.encoders)]) if arm == WITH_BYOL else setup.c.INIT
+    key = init, seed if init == "random" else None  # an encoder that no seed changes is asked once
+    if key not in setup.frozen:
+        encoder = build_encoder(setup.c.ENCODER, init, seed)[0].to(setup.device, memory_format=torch.channels_last)
+        features = (extract_features(encoder, split.pixels, setup.device, setup.c.PRECISION).cpu()
+                    for split in (setup.train, setup.test))
+        setup.frozen[key] = encoder.state_dict(), *features
+    return setup.frozen[key]
+
+
+def subset_of(setup: Setup, labels: int | str, seed: int) -> Tensor:
+    """Indices of a budget's training images, as many of each class; a seed's smaller subsets lie in its larger ones."""
+    truth = setup.train.labels
+    if labels == "fold":
+        return load_folds(setup.c.DATA_ROOT, len(truth))[seed]
+    if labels == "all":
+        return torch.arange(len(truth))
+    order = torch.randperm(len(truth), generator=seeded_generator(seed, "labels"))
+    return torch.cat([order[truth[order] == k][:labels] for k in truth.unique()])
+
+
+def run_training(setup: Setup, training: Training) -> tuple[dict, nn.Module]:
+    """A training's record, with the images that each protocol gets right, and the network that was fine-tuned. A trial
+    of a rate is tested on its fifth of the labelled images, by fine-tuning alone."""
+    seed, arm, labels, _, rate, fifth = training
+    c, (pixels, truth, classes), (test_pixels, test_truth, _) = setup.c, setup.train, setup.test
+    subset, (weights, features, queries) = subset_of(setup, labels, seed), frozen_encoder(setup, arm, seed)
+    title = f"{f'seed {seed}' if fifth is None else f'rate {rate:<6g}'} {labels:>4} labels {arm:<12}"
+    if fifth is not None:
+        fit, held_out = (subset[index] for index in fifths(truth[subset], seed)[fifth])
+        subset, test_pixels, test_truth = fit, fetch(pixels, held_out, pixels.device), truth[held_out]
+    network = fine_tune(setup, weights, subset, seed, rate, title)
+    answers = {"fine-tuning": extract_features(network, test_pixels, setup.device, c.PRECISION).cpu().argmax(dim=1)}
+    record = training._asdict()
+    if fifth is None:
+        bank, known = features[subset], truth[subset]
+        probe, record["probe penalty"] = linear_probe(bank, known, len(classes), seed)
+        answers["linear probe"] = probe(queries).argmax(dim=1)
+        answers["kNN"] = knn_predict(bank, known, queries, len(classes))
+    correct = {protocol: answer == test_truth for protocol, answer in answers.items()}
+    record |= {protocol: percent(x) for protocol, x in correct.items()}
+    record["correct"] = {protocol: "".join("01"[bit] for bit in x.tolist()) for protocol, x in correct.items()}
+    say(title + "".join(f"  {name} {record[name]:.1f}" for name in correct) + "  held out" * (fifth is not None))
+    return record, network
+
+
+def fine_tune(setup: Setup, weights: dict[str, Tensor], subset: Tensor, seed: int, rate: float,
+              title: str) -> nn.Module:
+    """Train an encoder's weights and a new head on the images `subset`; the network, with one linear layer as its `fc`.
+    The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
+    is that of EPOCHS passes over all training images, whatever the subset."""
+    c, train, device, network = setup.c, setup.train, setup.device, setup.network
+    head = new_head(network.fc[1].in_features, len(train.classes), seed)
+    network.load_state_dict(weights | {f"fc.{name}": value for name, value in head.state_dict().items()})
+    network.train()
+    batch_size = min(c.BATCH_SIZE, len(subset))
+    recorded = batch_size == c.BATCH_SIZE  # each other size would have to be recorded, too
+    crop, forward = (setup.crop, setup.forward) if recorded else (crops, network)
+    steps_per_epoch = len(train.labels) // c.BATCH_SIZE
+    total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, round(c.WARMUP_EPOCHS * steps_per_epoch)
+    optimizer = build_optimizer(c.OPTIMIZER, parameter_groups(network, c.WEIGHT_DECAY, "fc", c.HEAD_RATE))
+    for step, index in enumerate(batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)):
+        images = fetch(train.pixels, subset[index], device)
+        draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
+        x = crop(images, send(draws, device), c.CROP_AREA)
+        x = x.contiguous(memory_format=torch.channels_last)  # a copy: what is replayed writes where it did before
+        with autocast(device, c.PRECISION):
+            scores = forward(x)
+        loss = F.cross_entropy(scores.float(), send(train.labels[subset[index]], device))
+        set_learning_rate(optimizer, learning_rate(step, total_steps, warmup_steps, rate * batch_size / 256))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        setup.advance(title)
+    tuned = copy.deepcopy(network)
+    norm, linear = tuned.fc
+    tuned.fc = fold_standardisation(linear, norm.running_mean, (norm.running_var + norm.eps).sqrt())
+    return tuned
+
+
+def crops(images: Tensor, draws: Tensor, min_area: float) -> Tensor:
+    """Random resized crops of uint8 images [N,3,S,S], as large as they are and normalised; draws: [N,CROP_DRAWS]."""
+    size = images.shape[-1]
+    return normalize(crop_resize(images, *crop_of(draws, size, size, min_area), size))
+
+
+def adopt_runs(c: SimpleNamespace) -> list[Path]:
+    """Set the constants that are "run" to those of the pretraining runs; returns their encoder.pt files. Raises
+    UserError for a constant that contradicts a run's config.json, and for runs that differ in more than SEED."""
+    if c.RUN == ("none",):
+        for name, values in OF_THE_RUN.items():
+            if getattr(c, name) == "run":
+                setattr(c, name, values[c.demo])
+        return []
+    configs, runs = [run_folder(name) / "config.json" for name in c.RUN], []
+    for name, config in zip(c.RUN, configs):
+        if not config.exists():
+            near = nearest(name, [file.parent.name for file in config.parent.parent.glob("*/config.json")])
+            raise UserError(f"RUN {name}: there is no {config}{near}; pretrain that run first, or compare without BYOL "
+                            "(--run none)")
+        runs.append(run := read_json(config, "constants")["constants"])
+        for constant in OF_THE_RUN:
+            value, of_run = getattr(c, constant), KINDS[constant](run[constant])
+            same_file = constant == "INIT" and run["INIT_SHA256"] and digest_of_file(value) == run["INIT_SHA256"]
+            if value not in ("run", of_run) and not same_file:
+                raise UserError(f"{constant} {value} contradicts {config}, which says {of_run}: set it to run, or "
+                                f"pretrain a run with it ({flag(constant)})")
+            setattr(c, constant, of_run if value == "run" else value)
+        if run["INIT_SHA256"] != digest_of_file(c.INIT):
+            raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
+        differ = [f"{constant} {as_text(value)} and {as_text(runs[0][constant])}" for constant, value in sorted(run.items())
+                  if constant not in MAY_DIFFER and value != runs[0].get(constant)]
+        if differ:
+            raise UserError(f"RUN {as_text(c.RUN)}: {config} and {configs[0]} differ in {', '.join(differ)}; runs that "
+                            "are compared together differ in SEED alone")
+        if not config.with_name("encoder.pt").exists():
+            raise UserError(f"{config.parent} has no encoder.pt yet: its train_byol.py command, run again, finishes "
+                            "the pretraining")
+    if len({run["SEED"] for run in runs}) < len(runs):
+        raise UserError(f"RUN {as_text(c.RUN)}: two of these runs have the same SEED, and so are one")
+    return [config.with_name("encoder.pt") for config in configs]
 
 
 def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split:
@@ -202,403 +327,113 @@ def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split
     return found._replace(pixels=place(found.pixels, device))
 
 
-def digest_of(split: Split) -> str:
-    """Tells these images, in this order and with these labels, from any others."""
-    digest = sha256(repr((split.classes, split.labels.tolist())).encode())
-    for images in split.pixels.split(256):
-        digest.update(images.cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def init_of(task: Task, arm: str, seed: int) -> str:
-    """What an arm starts from, as INIT says it."""
-    if arm == WITH_BYOL:
-        return str(task.encoders[seed % len(task.encoders)])
-    return "random" if arm == RANDOM else task.c.INIT
-
-
-def build_arm(task: Task, arm: str, seed: int) -> tuple[nn.Module, int]:
-    """The encoder that an arm starts from, and the number of its features."""
-    encoder, feature_dim = build_encoder(task.c.ENCODER, init_of(task, arm, seed), seed)
-    encoder = encoder.to(task.device, memory_format=torch.channels_last)
-    if arm == BATCHNORM:
-        reestimate_batchnorm(encoder, task.train.pixels, task.device, task.precision)
-    return encoder, feature_dim
-
-
-def frozen_features(task: Task, arm: str, seed: int, encoder: nn.Module) -> tuple[Tensor, Tensor]:
-    """Features of the training and of the test images; an encoder that no seed changes is asked once."""
-    init = init_of(task, arm, seed)
-    key = arm, init, seed if init == "random" else None
-    if key not in task.features:
-        task.features[key] = tuple(features_of(task, encoder, split.pixels) for split in (task.train, task.test))
-    return task.features[key]
-
-
-def features_of(task: Task, network: nn.Module, pixels: Tensor) -> Tensor:
-    return extract_features(network, pixels, task.device, task.precision).cpu()
-
-
-def subset_of(task: Task, cell: Cell) -> Tensor:
-    """Indices of the training images that a cell learns from."""
-    if cell.labels == FOLD:
-        return task.folds[cell.seed % len(task.folds)]  # rates may have been tried with another seed than a fold's
-    return draw_subset(task.train.labels, cell.labels, cell.seed)
-
-
-def train_cell(task: Task, cell: Cell, encoder: nn.Module, feature_dim: int, rate: float) -> tuple[dict, nn.Module]:
-    """One cell's record, with the images that each protocol got right, and the network that was fine-tuned."""
-    train, test, subset = task.train, task.test, subset_of(task, cell)
-    train_features, queries = frozen_features(task, cell.arm, cell.seed, encoder)
-    bank, labels = train_features[subset], train.labels[subset]
-    probe, penalty = linear_probe(bank, labels, len(train.classes), cell.seed)
-    network = fine_tune(task, copy.deepcopy(encoder), feature_dim, subset, cell.seed, rate,
-                        f"seed {cell.seed}, {cell.labels} labels, {cell.arm}")
-    right = {"fine-tuning": features_of(task, network, test.pixels).argmax(dim=1) == test.labels,
-             "linear probe": probe(queries).argmax(dim=1) == test.labels,
-             "kNN": knn_predict(bank, labels, queries, len(train.classes)) == test.labels}
-    run = Path(init_of(task, cell.arm, cell.seed)).parent.name if cell.arm == WITH_BYOL else None
-    record = cell._asdict() | {"run": run, "rate": rate, "probe penalty": penalty}
-    record |= {name: percent(answers) for name, answers in right.items()}
-    return record | {"right": {name: pack(answers) for name, answers in right.items()}}, network
-
-
-def choose_rate(task: Task, cell: Cell, trials: list[dict], save: Callable) -> float:
-    """The rate of LEARNING_RATE that is best for the cell's arm and budget on held-out images, with the first seed.
-
-    `trials` holds what is known already, and takes on what is tried, which `save` keeps.
-    """
-    rates = task.c.LEARNING_RATE
-    key = cell._asdict() | {"seed": trials[0]["seed"] if trials else task.c.SEEDS[0]}  # one for all arms, also later
-    known = {trial["rate"]: trial["held out"] for trial in trials if trial.items() >= key.items()}
-    unknown = [rate for rate in rates if rate not in known] if len(rates) > 1 else []
-    for rate in unknown:
-        known[rate] = held_out_accuracy(task, Cell(**key), rate)
-        trials.append(key | {"rate": rate, "held out": known[rate]})
-        save()
-        print(f"rate {rate:<6g} {cell.labels:>4} labels {cell.arm:<14}  held out {known[rate]:.1f}", flush=True)
-    best = max(rates, key=known.get) if known else rates[0]
-    if unknown and best in (min(rates), max(rates)):
-        print(f"the {'largest' if best == max(rates) else 'smallest'} of LEARNING_RATE is best there: one beyond it may be "
-              "better", flush=True)
-    return best
-
-
-def held_out_accuracy(task: Task, cell: Cell, rate: float) -> float:
-    """Accuracy on fifths of the subset, each held out from a training of its own: as many as hold HELD_OUT images."""
-    train, seed, subset = task.train, cell.seed, subset_of(task, cell)
-    (encoder, feature_dim), right = build_arm(task, cell.arm, seed), []
-    for fit, held_out in fifths(train.labels[subset], seed)[:math.ceil(5 * HELD_OUT / len(subset))]:
-        network = fine_tune(task, copy.deepcopy(encoder), feature_dim, subset[fit], seed, rate,
-                            f"{cell.labels} labels, {cell.arm}, rate {rate:g}")
-        scores = features_of(task, network, fetch(train.pixels, subset[held_out], train.pixels.device))
-        right.append(scores.argmax(dim=1) == train.labels[subset[held_out]])
-    return percent(torch.cat(right))
-
-
-def fifths(labels: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Five ways to hold out a fifth, with a fifth of each class: the indices [N] of four fifths, and of the other one."""
-    mixed = torch.randperm(len(labels), generator=seeded_generator(seed, "held out"))
-    mixed = mixed[labels[mixed].argsort(stable=True)]
-    fifth = torch.arange(len(mixed)) % 5
-    return [(mixed[fifth != i], mixed[fifth == i]) for i in range(5)]
-
-
-def reestimate_batchnorm(encoder: nn.Module, pixels: Tensor, device: torch.device, precision: torch.dtype,
-                         batch_size: int = 256) -> None:
-    """Give the encoder's BatchNorm the mean statistics of batches of these images, uint8 [N,3,S,S]; no weight moves.
-
-    What any pass through the network in train mode does by itself: a gain that this has, too, is not BYOL's.
-    """
-    order = torch.randperm(len(pixels), generator=seeded_generator(0, "BatchNorm"))  # a folder's come class by class
-    whole = order.split(batch_size)[:max(1, len(pixels) // batch_size)]  # the remainder would weigh as much as a batch
-    with autocast(device, precision):
-        update_bn((network_input(fetch(pixels, index, device)) for index in whole), encoder)
-
-
-def affordable(budgets: tuple[int | str, ...], train: Split) -> list[int | str]:
-    """The budgets that every class can pay; the others are named. Raises UsageError where none is left."""
+def check_constants(c: SimpleNamespace, runs: int, train: Split) -> None:
+    """Raise UserError for constants that contradict each other. Budgets that a class cannot pay are left out."""
+    turns = {sum(seed % runs == i for seed in c.SEEDS) for i in range(runs)}
+    if len(turns) > 1:
+        raise UserError(f"SEEDS {as_text(c.SEEDS)} do not take the runs {as_text(c.RUN)} equally often: of {runs} runs, "
+                        f"seed s takes that of number s modulo {runs}, counted from 0")
+    if c.BATCH_SIZE > len(train.labels):
+        raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only "
+                        f"{count(len(train.labels), 'training image')}: lower it")
+    if 1 in c.LABELS_PER_CLASS and len(c.LEARNING_RATE) > 1:
+        raise UserError("LABELS_PER_CLASS 1 leaves no image to choose a rate by: give one LEARNING_RATE")
+    if "fold" in c.LABELS_PER_CLASS and (c.DATASET != "stl10" or max(c.SEEDS) > 9):
+        raise UserError("LABELS_PER_CLASS fold is for DATASET stl10 and SEEDS from 0 to 9: it has ten folds")
     fewest, name = min((int((train.labels == k).sum()), name) for k, name in enumerate(train.classes))
-    possible = [b for b in budgets if b in ("all", FOLD) or b <= fewest]
-    if len(possible) < len(budgets):
-        left_out = ",".join(str(b) for b in budgets if b not in possible)
-        message = f"LABELS_PER_CLASS {left_out}: class {name!r} has only {fewest} training images"
+    possible = tuple(labels for labels in c.LABELS_PER_CLASS if isinstance(labels, str) or labels <= fewest)
+    if possible != c.LABELS_PER_CLASS:
+        left_out = as_text([labels for labels in c.LABELS_PER_CLASS if labels not in possible])
+        message = f"LABELS_PER_CLASS {left_out}: class {name!r} has only {count(fewest, 'training image')}"
         if not possible:
-            raise UsageError(f"{message}: lower it ({flag('LABELS_PER_CLASS')})")
-        print(f"{message}; left out")
-    return possible
+            raise UserError(f"{message}: lower it (--labels-per-class)")
+        say(f"{message}; left out")
+        c.LABELS_PER_CLASS = possible
 
 
-def draw_subset(labels: Tensor, per_class: int | str, seed: int) -> Tensor:
-    """Indices of `per_class` images of each class; a seed's smaller subsets lie in its larger ones."""
-    if per_class == "all":
-        return torch.arange(len(labels))
-    order = torch.randperm(len(labels), generator=seeded_generator(seed, "labels"))
-    return torch.cat([order[labels[order] == k][:per_class] for k in labels.unique()])
-
-
-def images_per_class(labels: int | str, train: Split) -> float:
-    """Images of each class that a budget pays, on average."""
-    return {"all": len(train.labels), FOLD: 1000}[labels] / len(train.classes) if isinstance(labels, str) else labels
-
-
-def effort(cell: Cell, train: Split) -> tuple[float, int]:
-    """What decides whose network is kept: the labelled images, then the epochs."""
-    return images_per_class(cell.labels, train), cell.epochs
-
-
-def adopt_runs(c: SimpleNamespace) -> list[Path]:
-    """Set `c`'s dataset, encoder, init and image size to those of the pretraining runs; returns their encoder.pt files.
-
-    Empty where there is no such run. Raises UsageError for a flag that contradicts a run's config.json, and for runs
-    that differ in more than their SEED.
-    """
-    configs = [run_folder(name) / "config.json" for name in c.RUN.split(",")]
-    if len(configs) == 1 and not configs[0].exists():
-        return []
-    for config in configs:
-        if not config.exists():
-            raise UserError(f"RUN {c.RUN}: there is no {config}: pretrain that run first")
-    runs = [read_json(config, "constants")["constants"] for config in configs]
-    for config, of_run in zip(configs, runs):
-        for name in OF_THE_RUN:
-            if name in c.given and getattr(c, name) != of_run[name]:
-                raise UsageError(f"{flag(name)} {getattr(c, name)} contradicts {config}, which says {of_run[name]}: "
-                                 "leave the flag out, or pretrain a run with it")
-            setattr(c, name, of_run[name])
-        if of_run.get("INIT_SHA256", now := digest_of_file(c.INIT)) != now:
-            raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
-        differ = [f"{name} {runs[0][name]} and {of_run[name]}" for name in runs[0].keys() & of_run.keys() - MAY_DIFFER
-                  if runs[0][name] != of_run[name]]
-        if differ:
-            raise UsageError(f"RUN {c.RUN}: {configs[0]} and {config} differ in {', '.join(sorted(differ))}; runs that "
-                             "are compared together differ in SEED alone")
-        if not config.with_name("encoder.pt").exists():
-            raise UserError(f"{config.parent} has no encoder.pt yet: its train_byol.py command, run again, finishes "
-                            "the pretraining")
-    if len({of_run["SEED"] for of_run in runs}) < len(runs):
-        raise UsageError(f"RUN {c.RUN}: two of these runs have the same SEED, and so are one")
-    return [config.with_name("encoder.pt") for config in configs]
-
-
-def open_results(path: Path, c: SimpleNamespace, where: dict, inputs: dict[str, str]) -> dict:
-    """Results so far: a comparison goes on at the first seed, arm or budget that is missing.
-
-    inputs: digests of what the results depend on, by name. Raises UserError where results are there of others, or of
-    another version.
-    """
-    if c.overwrite or not path.exists():
-        return {"version": RESULTS_VERSION, "constants": constants_of(c), "environment": where, "inputs": inputs,
-                "trials": [], "records": []}
-    results = read_json(path, "inputs")
-    if results.get("version") != RESULTS_VERSION:
-        raise UserError(f"{path} is of another version of this code, which measures otherwise: use --overwrite to "
+def open_results(c: SimpleNamespace, folder: Path, encoders: list[Path], train: Split, test: Split) -> dict:
+    """Results so far, from which the comparison goes on; none with --overwrite. Raises UserError where they are of
+    another version, of other constants, or of another encoder, INIT or other images."""
+    inputs = {f"encoder.pt (number {i} of RUN)": digest_of_file(file) for i, file in enumerate(encoders)}
+    inputs |= {"INIT": digest_of_file(c.INIT) or c.INIT, "train/ of DATASET": train.stamp(),
+               "test/ of DATASET": test.stamp()}
+    file = folder / "results.json"
+    for name in ("results.json", "classifier.pt", "label_efficiency.png", "neighbors.png") if c.overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    if not file.exists():
+        return {"version": VERSION, "inputs": inputs, "constants": constants_of(c), "records": []}
+    results = read_json(file, "inputs")
+    if results.get("version") != VERSION:
+        raise UserError(f"{file} is of another version of this code, which measures otherwise: use --overwrite to "
                         "compare anew")
-    for name in results["inputs"].keys() & inputs.keys():  # BYOL's arm may be new
-        if results["inputs"][name] != inputs[name]:
-            raise UserError(f"{path} was measured with another {name}: use --overwrite to compare anew")
-    same_constants(results["constants"] | {"precision": results["environment"]["precision"]},
-                   constants_of(c) | {"precision": where["precision"]}, path, FREE)
-    return results | {"constants": constants_of(c), "inputs": inputs}
+    for name, digest in inputs.items():
+        if results["inputs"][name] != digest:
+            raise UserError(f"{file} was measured with another {name}: use --overwrite to compare anew")
+    refuse_changes(results["constants"], c, file, FREE)
+    return results | {"constants": constants_of(c)}
 
 
-def pack(right: Tensor) -> str:
-    """bool [N] as text: a bit an image, in base64."""
-    return base64.b64encode(np.packbits(right.numpy())).decode()
-
-
-def unpack(text: str, n: int) -> Tensor:
-    return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n)).bool()
-
-
-def answers_of(records: list[dict], protocol: str, n: int) -> Tensor:
-    """Which of the `n` test images a protocol got right, a row for each record: [R,N], 0 or 1."""
-    return torch.stack([unpack(record["right"][protocol], n) for record in records]).double()
-
-
-def fine_tune(task: Task, encoder: nn.Module, feature_dim: int, subset: Tensor, seed: int, rate: float,
-              title: str = "") -> nn.Module:
-    """Train encoder and a new head on the images `subset`; returns the network, with the head as its `fc`.
-
-    It is the task's trainee, and so changes with the next training. The head, the order and the crops come from the seed
-    alone, so two encoders meet the same ones. The number of steps is that of EPOCHS passes over all training images,
-    whatever the subset. Raises Stopped when a signal asks for it.
-    The head learns behind a BatchNorm without weights, as a linear probe does in He et al. 2022 (MAE, appendix A.1),
-    for features that nobody trained with labels are ill scaled. In the end it is folded into the head.
-    """
-    c, train, device = task.c, task.train, task.device
-    with seeded_init(seed, "head"):
-        norm, head = nn.BatchNorm1d(feature_dim, affine=False), nn.Linear(feature_dim, len(train.classes))
-    encoder.fc = nn.Sequential(norm, head)
-    network = task.trainee.become(encoder.to(device, memory_format=torch.channels_last))
-    batch_size = min(c.BATCH_SIZE, len(subset))
-    crop, forward = crops, network
-    if batch_size == c.BATCH_SIZE:  # each other size would have to be recorded, too
-        crop, forward = task.trainee.crops, task.trainee.forward
-    steps_per_epoch = len(train.labels) // c.BATCH_SIZE  # the remainder is dropped
-    total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, warmup_of(c, steps_per_epoch)
-    peak = rate * batch_size / 256
-    optimizer = build_optimizer(network, c.OPTIMIZER, peak, c.WEIGHT_DECAY, "fc", c.HEAD_RATE)
-    order = batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)
-    began = told = time.monotonic()
-    with progress((subset[index] for index in order), total=total_steps, desc=title, unit="step") as bar:
-        for step, index in enumerate(bar):
-            images = fetch(train.pixels, index, device)
-            draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
-            x = crop(images, send(draws, device), c.CROP_AREA)
-            x = x.contiguous(memory_format=torch.channels_last)  # a copy: what is replayed writes where it did before
-            with autocast(device, task.precision):
-                scores = forward(x)
-            loss = F.cross_entropy(scores.float(), send(train.labels[index], device))
-            take_step(optimizer, loss, learning_rate(step, total_steps, warmup_steps, peak))
-            if bar.disable and (now := time.monotonic()) - told > 60:  # where no terminal shows it, a line now and then
-                told, left = now, (now - began) / (step + 1) * (total_steps - step - 1) / 60
-                print(f"{title}: step {step + 1:,} of {total_steps:,}  {left:.0f} min left", flush=True)
-            if task.signals:
-                raise Stopped("stopped: the results so far are kept, and the same command continues from there",
-                              task.signals[0])
-    norm, head = network.fc
-    network.fc = fold_standardisation(head, norm.running_mean, (norm.running_var + norm.eps).sqrt())
-    return network
-
-
-def crops(images: Tensor, draws: Tensor, min_area: float) -> Tensor:
-    """Random resized crops of uint8 images [N,3,S,S], as large as they are and normalised; draws: [N,CROP_DRAWS]."""
-    size = images.shape[-1]
-    return normalize(crop_resize(images, *crop_of(draws, size, size, min_area), size))
-
-
-def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Module, float]:
-    """Multinomial logistic regression on frozen features [N,D], and its L2 penalty.
-
-    The penalty is the best of PROBE_PENALTIES on all fifths, each held out in turn (one alone is too few images to
-    choose by); then all images are used.
-    """
-    folds = fifths(labels, seed)
-
-    def right_answers(penalty):
-        return sum((fit_logistic(features[fit], labels[fit], classes, penalty)(features[held_out]).argmax(dim=1)
-                    == labels[held_out]).sum().item() for fit, held_out in folds)
-
-    penalty = max(reversed(PROBE_PENALTIES), key=right_answers)  # of equals the strongest
-    return fit_logistic(features, labels, classes, penalty), penalty
-
-
-def summarize(cells: dict[Cell, dict], labels: int | str, c: SimpleNamespace, arms: list[str], n: int) -> dict:
-    """protocol -> arm -> accuracies in percent, one a seed, at one budget; also BYOL's `gain` over the baseline, seed
-    by seed, and its `interval`: mean, and half of the 95% interval over seeds and the `n` test images."""
-    of = {arm: [cells[Cell(seed, arm, labels, c.EPOCHS)] for seed in c.SEEDS] for arm in arms}
-    summary = {protocol: {arm: [record[protocol] for record in of[arm]] for arm in arms} for protocol in PROTOCOLS}
-    if WITH_BYOL in arms:
-        runs = c.RUN.count(",") + 1
-        for protocol, by_arm in summary.items():
-            gains = answers_of(of[WITH_BYOL], protocol, n) - answers_of(of[BASELINE], protocol, n)
-            if runs > 1:  # seeds that share a run are no independent repetitions
-                gains = torch.stack([gains[[seed % runs == i for seed in c.SEEDS]].mean(dim=0) for i in range(runs)])
-            by_arm |= {"gain": [b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])], "interval": gain_of(gains)}
-    return summary
-
-
-def report(task: Task, folder: Path, results: dict, cells: dict[Cell, dict], arms: list[str],
-           budgets: list[int | str]) -> None:
+def report(setup: Setup, folder: Path, results: dict, records: dict[Training, dict], arms: list[str]) -> None:
     """The table, its numbers in results.json, and the figures, all from the records."""
-    c, test = task.c, task.test
-    summary = {str(labels): summarize(cells, labels, c, arms, len(test.labels)) for labels in budgets}
-    write_json(folder / "results.json", results | {"classes": test.classes, "summary": summary})
-    print_table(summary, arms, c)
-    print_classes(cells, test, arms, budgets[-1], c)
-    plot_comparison(folder / "comparison.png", summary[str(budgets[-1])], PROTOCOLS, arms,
-                    label_text(budgets[-1]) + "\n" + caption(c))
-    if len(budgets) > 1:
-        sizes = [images_per_class(labels, task.train) for labels in budgets]
-        panels = {protocol: {arm: [summary[str(labels)][protocol][arm] for labels in budgets] for arm in arms}
-                  for protocol in PROTOCOLS}
-        plot_lines(folder / "label_efficiency.png", panels, sizes, "labelled images a class", caption(c))
-    lengths = [epochs for epochs in sorted({cell.epochs for cell in cells})
-               if all(Cell(*rest, epochs) in cells for rest in product(c.SEEDS, arms, budgets))]
-    if len(lengths) > 1:
-        panels = {label_text(labels): {arm: [[cells[Cell(seed, arm, labels, epochs)]["fine-tuning"] for seed in c.SEEDS]
-                                             for epochs in lengths] for arm in arms} for labels in budgets}
-        steps = [epochs * (len(task.train.labels) // c.BATCH_SIZE) for epochs in lengths]
-        plot_lines(folder / "steps.png", panels, steps, "fine-tuning steps", caption(c, lengths))
-    if task.encoders:
-        seed = c.SEEDS[0]
-        shown = [(arm, frozen_features(task, arm, seed, build_arm(task, arm, seed)[0])[1])
-                 for arm in (BASELINE, WITH_BYOL)]
-        plot_neighbors(folder / "neighbors.png", test, shown, seeded_generator(c.SEEDS[0], "queries"), c.RUN)
+    def row(labels: int | str, name: str, texts: Iterable[str]) -> None:
+        say(f"{labels:>6}  {name:<17}" + "".join(text.rjust(17) for text in texts))
 
-
-def mean_std(values: list[float]) -> str:
-    """'48.5 ± 1.2', mean and standard deviation, or the value alone where there is but one."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def print_table(summary: dict, arms: list[str], c: SimpleNamespace) -> None:
-    def row(labels: int | str, name: str, texts: list[str]) -> None:
-        print(f"{labels:>6}  {name:<17}" + "".join(text.rjust(17) for text in texts))
-
-    print()
+    c, summary = setup.c, {}
+    trainings = [training for training in plan(c, records, arms, setup.train) if training.fifth is None]
+    say("")
     row("labels", "test accuracy (%)", PROTOCOLS)
-    for labels, by_protocol in summary.items():
+    for labels in c.LABELS_PER_CLASS:
+        of = {arm: [records[t] for t in trainings if (t.arm, t.labels) == (arm, labels)] for arm in arms}
+        summary[labels] = {p: {arm: [record[p] for record in of[arm]] for arm in arms} for p in PROTOCOLS}
         for arm in arms:
-            row(labels, arm, [mean_std(by_arm[arm]) for by_arm in by_protocol.values()])
+            accuracies = [summary[labels][p][arm] for p in PROTOCOLS]
+            row(labels, arm, [f"{mean(x):.1f}" + (f" ± {stdev(x):.1f}" if len(x) > 1 else "") for x in accuracies])
         if WITH_BYOL in arms:
-            intervals = [by_arm["interval"] for by_arm in by_protocol.values()]
+            intervals = [interval(setup, of[BASELINE], of[WITH_BYOL], p) for p in PROTOCOLS]
             row(labels, "gain", [f"{gain:+.1f} ± {half:.1f}" for gain, half in intervals])
-            row("", "", [verdict_of(*interval) for interval in intervals])
-    print("\n" + caption(c))
+            row("", "", [verdict_of(*of_protocol) for of_protocol in intervals])
+            for protocol, of_protocol in zip(PROTOCOLS, intervals):
+                summary[labels][protocol]["interval"] = of_protocol
+    say("\n" + caption(c))
     if WITH_BYOL in arms:
-        covered = "runs, seeds and" if "," in c.RUN else "seeds and" if len(c.SEEDS) > 1 else "the"
-        print(f"gain: ± half of its 95% interval over {covered} test images")
+        covered = "runs, seeds and" if len(c.RUN) > 1 else "seeds and" if len(c.SEEDS) > 1 else "the"
+        say(f"gain: ± half of its 95% interval over {covered} test images")
+    for t in trainings if len(c.LEARNING_RATE) > 2 else ():
+        if t.seed == c.SEEDS[0] and t.rate in (min(c.LEARNING_RATE), max(c.LEARNING_RATE)):
+            say(f"{t.labels} labels {t.arm}: {t.rate:g} is best, at the end of LEARNING_RATE: one beyond may be better")
+    write_json(folder / "results.json", results | {"classes": setup.test.classes, "summary": summary})
+    if len(summary) > 1:
+        sizes = [images_of(labels, setup.train) / len(setup.train.classes) for labels in summary]
+        panels = {p: {arm: [of_labels[p][arm] for of_labels in summary.values()] for arm in arms} for p in PROTOCOLS}
+        plot_label_efficiency(folder / "label_efficiency.png", panels, sizes, caption(c))
+    if WITH_BYOL in arms:
+        features = {arm: frozen_encoder(setup, arm, c.SEEDS[0])[2] for arm in arms}
+        plot_neighbors(folder / "neighbors.png", *setup.test, features, seeded_generator(c.SEEDS[0], "queries"),
+                       as_text(c.RUN))
 
 
-def print_classes(cells: dict[Cell, dict], test: Split, arms: list[str], labels: int | str, c: SimpleNamespace) -> None:
-    """Accuracy of each class after fine-tuning, mean over the seeds, where the classes fit a screen."""
-    if len(test.classes) > 20:
-        return
-    of = [[cells[Cell(seed, arm, labels, c.EPOCHS)] for seed in c.SEEDS] for arm in arms]
-    right = [answers_of(records, "fine-tuning", len(test.labels)).mean(dim=0) for records in of]
-    print(f"\n{label_text(labels)}, fine-tuned, by class\n{'':20}" + "".join(arm.rjust(15) for arm in arms))
-    for k, name in enumerate(test.classes):
-        print(f"{name[:19]:<20}" + "".join(f"{100 * of_arm[test.labels == k].mean():15.1f}" for of_arm in right))
+def interval(setup: Setup, baseline: list[dict], with_byol: list[dict], protocol: str) -> tuple[float, float]:
+    """BYOL's mean gain over the baseline and half of its 95% interval, from the records of each seed."""
+    before, after = (torch.tensor([[int(bit) for bit in record["correct"][protocol]] for record in records])
+                     for records in (baseline, with_byol))
+    gains, runs = (after - before).double(), len(setup.encoders)
+    if runs > 1:  # seeds that share a run are no independent repetitions
+        gains = torch.stack([gains[[seed % runs == i for seed in setup.c.SEEDS]].mean(dim=0) for i in range(runs)])
+    return gain_interval(gains)
 
 
-def label_text(labels: int | str) -> str:
-    return {"all": "all labels", FOLD: "folds of 1,000 labels"}.get(labels, f"{labels} labels a class")
-
-
-def caption(c: SimpleNamespace, lengths: Sequence[int] = ()) -> str:
-    """What the numbers are, for table and figures, in lines of at most 80 characters. lengths: all that are shown."""
-    epochs = ", ".join(map(str, lengths or [c.EPOCHS]))
-    seeds, runs = ", ".join(map(str, c.SEEDS)), c.RUN.count(",") + 1
-    spread = (f"mean ± std over {'folds' if c.FOLDS else 'seeds'} {seeds}: labelled subset, head, random weights"
-              if len(c.SEEDS) > 1 else f"seed {seeds}")
-    data = Path(c.DATASET).resolve().name  # a folder's name says enough, and a path may be long
-    return (f"{c.RUN}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {Path(c.INIT).name} weights\n"
-            f"{textwrap.fill(spread, 80)}\n"
-            f"{'one pretraining run' if runs == 1 else f'{runs} pretraining runs, in turn'}; fine-tuned for {epochs} "
-            "epochs, the last one reported")
-
-
-def check_constants(c: SimpleNamespace) -> None:
-    make_tuples(c, "LEARNING_RATE", "SEEDS", "LABELS_PER_CLASS")
-    check_training(c, HEAD_RATE=(0, math.inf))
-    if len(set(c.SEEDS)) != len(c.SEEDS) or not c.SEEDS:
-        raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))} repeats a seed or is empty")
-    budgets = c.LABELS_PER_CLASS
-    if len(set(budgets)) != len(budgets) or not all(b == "all" or isinstance(b, int) and b > 0 for b in budgets):
-        raise UsageError(f"LABELS_PER_CLASS {','.join(map(str, budgets))} must be different positive numbers or 'all' "
-                         f"({flag('LABELS_PER_CLASS')})")
-    if 1 in budgets and len(c.LEARNING_RATE) > 1:
-        raise UsageError("LABELS_PER_CLASS 1 leaves no image to choose a rate by: give one LEARNING_RATE")
-    if c.FOLDS and not set(c.SEEDS) <= set(range(10)):
-        raise UsageError(f"SEEDS {','.join(map(str, c.SEEDS))}: of STL-10's folds there are those from 0 to 9")
-    if c.FOLDS and c.DATASET != "stl10":
-        raise UsageError(f"FOLDS are STL-10's, and DATASET is {c.DATASET!r}: leave --folds out")
+def caption(c: SimpleNamespace) -> str:
+    """What the numbers are, for table and figures, in lines of at most 80 characters."""
+    spread = (f"mean ± std over seeds {', '.join(map(str, c.SEEDS))}: labelled subset, head, random weights"
+              if len(c.SEEDS) > 1 else f"seed {c.SEEDS[0]}")
+    runs = ("no pretraining" if c.RUN == ("none",) else "one pretraining run" if len(c.RUN) == 1 else
+            f"{len(c.RUN)} pretraining runs, in turn")
+    return (f"{as_text(c.RUN)}: {Path(c.DATASET).name} at {c.IMAGE_SIZE} px, {c.ENCODER} from {Path(c.INIT).name} weights"
+            f"\n{textwrap.fill(spread, 80)}\n{runs}; fine-tuned for {count(c.EPOCHS, 'epoch')}, the last one reported")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script(globals(), argv)
+    return run_script(compare, globals(), argv)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How close pretraining comes to the model's own speed: `python tests/benchmark.py [--device cuda --batch-size 256 ...]`.
+"""How close pretraining comes to the model's own speed: `python tests/benchmark.py [--device cuda --batch-size 256]`.
 
 Prints images/s and the share of the floor, measured in turns by one process:
     floor             train_step on views that are already on the device: the networks, the optimizer, the average
     whole step        what train_byol.py does for each batch: gather, two views, train_step
     augmentation      the two views alone, images already on the device
     common pipeline   torchvision's transforms image by image in DataLoader workers, fp32, contiguous memory
-    host              milliseconds a batch that Python needs before a GPU can begin: the views' draws, gathering the images
-                      where they stay on the host, and handing both over (0 without a GPU)
+    host              milliseconds a batch that Python needs before a GPU can begin: the views' draws, gathering the
+                      images where they stay on the host, and handing both over (0 without a GPU)
 Peak memory: of each row on CUDA, where the first one records, and of the process on a CPU (data and loader workers
 apart). ResNet18 from random weights with the paper's heads. Images are noise, or those of --images FOLDER, which the
 common pipeline decodes as it goes.
@@ -29,11 +29,13 @@ from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from byol import BYOL, IMAGENET_MEAN, IMAGENET_STD, VIEW_DRAWS, send, two_views  # noqa: E402
+from byol import BYOL, build_optimizer, parameter_groups  # noqa: E402
 from data import batch_indices, cached_pixels, fetch, image_files, place  # noqa: E402
-from train_byol import prepare, train_step  # noqa: E402
-from utils import (Convolution, build_encoder, build_optimizer, can_compile, hardware_name,  # noqa: E402
-                   keep_freed_memory, seeded_generator, seeded_init, select_device, select_precision)
+from encoders import Convolution, build_encoder  # noqa: E402
+from train_byol import train_step  # noqa: E402
+from utils import (can_compile, compiler, environment, keep_freed_memory, seeded_generator, seeded_init,  # noqa: E402
+                   select_device, select_precision)
+from views import IMAGENET_MEAN, IMAGENET_STD, VIEW_DRAWS, render_views, send, two_views  # noqa: E402
 
 
 class TwoViews(Dataset):
@@ -76,7 +78,6 @@ def main() -> None:
     else:
         pixels = torch.randint(0, 256, (max(2000, 4 * batch_size), 3, size, size), dtype=torch.uint8,
                                generator=seeded_generator(0, "noise"))
-    compiled = can_compile(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds, memory, host = {}, {}, {}
 
@@ -108,12 +109,13 @@ def main() -> None:
         encoder, feature_dim = build_encoder("resnet18", "random", 0)
         with seeded_init(0, "heads"):
             model = BYOL(encoder, feature_dim).to(device, memory_format=memory_format)
-        return model, build_optimizer(model, "sgd", 0.01, 5e-4)
+        return model, build_optimizer("sgd", parameter_groups(model, 5e-4))
 
     def measure_ours():
         placed, step = place(pixels, device), itertools.count()
         model, optimizer = build(torch.channels_last)
-        network, draw = prepare(model, device, sys.maxsize)
+        compiled = compiler(device, sys.maxsize)
+        network, draw = compiled(model), compiled(render_views)
         order = batch_indices(0, "order", len(pixels), batch_size, 0, sys.maxsize)
 
         def views_of(images):
@@ -167,8 +169,8 @@ def main() -> None:
     gc.collect()         # its workers end here
     keep_freed_memory()  # as the scripts do
     measure_ours()
-    print(f"{hardware_name(device)}, {torch.get_num_threads()} threads, {os.cpu_count()} workers, torch {torch.__version__}, "
-          f"{str(precision).removeprefix('torch.')}{', compiled' if compiled else ''}\n"
+    print(f"{environment(device)['hardware']}, {torch.get_num_threads()} threads, {os.cpu_count()} workers, "
+          f"torch {torch.__version__}, {precision}{', compiled' * can_compile(device)}\n"
           f"ResNet18 at {size} px, batch {batch_size}, {len(pixels):,} {'images' if files else 'images of noise'}\n")
     for name in ("floor", "whole step", "augmentation", "common pipeline"):
         share = seconds["floor"] / seconds[name]

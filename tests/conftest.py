@@ -1,8 +1,8 @@
 """Shared by the tests: the scripts are imported from the repository, and every test runs in a folder of its own.
 
 No result depends on the machine: tests state device and precision. Where one forgets, TEST_BF16 shows it: with 0 or 1
-`auto` finds a CPU without or with bf16, in every process that imports this file, so that the tests run as on either kind;
-with 0 it is one without AVX512, too.
+`auto` finds a CPU without or with bf16, in every process that imports this file, so that the tests run as on either
+kind; with 0 it is one without AVX512, too.
 """
 import os
 import sys
@@ -11,17 +11,16 @@ from typing import Callable
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import encoders  # noqa: E402
+import evaluate  # noqa: E402
 import plots  # noqa: E402
 import utils  # noqa: E402
-from runs import whole_file  # noqa: E402
-from utils import seeded_init  # noqa: E402
 
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # unset, each run would look for idle cores
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # unset, each run would try which number is best
 
 TEST_BF16, has_native_bf16 = os.environ.get("TEST_BF16"), utils.has_native_bf16
 if TEST_BF16 is not None:
@@ -32,6 +31,7 @@ if TEST_BF16 is not None:
         torch.backends.cpu.get_cpu_capability = lambda: "AVX2"
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.device_count() > 0  # a stand-in may replace the first
+save_figure = plots.save_figure
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +56,10 @@ def device(request):
 
 
 def small_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
-    """Stands in for utils.build_encoder where a test needs a network that learns, but not a ResNet18's time."""
-    with seeded_init(seed, "encoder"):
+    """Stands in for encoders.build_encoder where a test needs a network that learns, but not a ResNet18's time."""
+    with utils.seeded_init(seed, "encoder"):
         encoder = nn.Sequential()
-        encoder.conv = utils.Convolution(3, 16, 3, stride=2)
+        encoder.conv = encoders.Convolution(3, 16, 3, stride=2)
         encoder.bn = nn.BatchNorm2d(16)
         encoder.relu = nn.ReLU()
         encoder.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
@@ -69,37 +69,13 @@ def small_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
     return encoder, 64
 
 
-save_figure = plots.save_figure
-
-
-def write_undrawn(figure: Figure, path: Path) -> None:
-    """Stands in for plots.save_figure where no test looks: to draw a figure takes longer than to train the small encoder."""
-    with whole_file(path) as file:
-        file.write(b"undrawn")
-
-
 def use_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both scripts train the small encoder, write their figures undrawn, and probe with one penalty."""
-    import train_byol
-    import train_classifier
-    for script in (train_byol, train_classifier):
-        monkeypatch.setattr(script, "build_encoder", small_encoder)
-    monkeypatch.setattr(plots, "save_figure", write_undrawn)
-    monkeypatch.setattr(train_classifier, "PROBE_PENALTIES", train_classifier.PROBE_PENALTIES[-1:])
-
-
-def trace_compiled(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
-    """From here on compilation works on every device, as far as one graph of eager steps; what is compiled, as it comes."""
-    compiled, compile = [], torch.compile
-
-    def traced(function, mode, dynamic):
-        compiled.append(function)
-        return compile(function, backend="eager", fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
-    monkeypatch.setattr(utils, "can_compile", lambda device: True)
-    return compiled
+    """Both scripts train the small encoder, probe with one penalty, and write their figures undrawn: to draw one takes
+    longer than to train it."""
+    for script in ("train_byol", "train_classifier"):
+        monkeypatch.setattr(f"{script}.build_encoder", small_encoder)
+    monkeypatch.setattr(evaluate, "PROBE_PENALTIES", evaluate.PROBE_PENALTIES[-1:])
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: utils.write_json(path, "undrawn"))
 
 
 @pytest.fixture
@@ -111,3 +87,17 @@ def small(monkeypatch):
 def drawn(small, monkeypatch):
     """As `small`, with the figures drawn."""
     monkeypatch.setattr(plots, "save_figure", save_figure)
+
+
+def trace_compiled(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
+    """From here on compilation works on every device, as far as one graph of eager steps. Returns what is compiled."""
+    compiled, compile = [], torch.compile
+
+    def traced(function, mode, dynamic):
+        compiled.append(function)
+        return compile(function, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: HAS_GPU)  # it saves the GPU's random state
+    monkeypatch.setattr(utils, "can_compile", lambda device: True)
+    return compiled

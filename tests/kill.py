@@ -1,9 +1,9 @@
-"""Kill a pretraining run again and again, and see that nothing is lost: `python tests/kill.py [KILLS]` (50: 20 minutes).
+"""Kill a pretraining run again and again, and see that nothing is lost: `python tests/kill.py [KILLS]` (50: 20 min).
 
 The run is the demo with a checkpoint every three seconds. Each time it is killed (SIGKILL) at a random moment: while it
 starts, while it trains, or inside the write of a checkpoint; then the same command continues it. In the end its encoder
-must equal that of a run left alone bit for bit, and metrics.csv in every column but the timings. Prints what happened,
-exits 1 if anything differs. tests/test_kill.py is its short form.
+must equal that of a run left alone bit for bit, and metrics.csv, whose rows beyond the checkpoint are written anew, in
+every column but the timings. Prints what happened, exits 1 if anything differs. tests/test_kill.py is its short form.
 """
 import csv
 import os
@@ -31,8 +31,8 @@ def wait_for(condition, process: subprocess.Popen, timeout: float = 120) -> bool
 
 
 def kill_often(command: list[str], folder: Path, moments: list[str], seconds: float) -> dict[str, int]:
-    """Run `command --run whole` once and `command --run killed-0` with a kill at each of the moments (starting, training,
-    writing); a run that ends is followed by another. seconds: the longest training between two kills. Raises
+    """Run `command --run whole` once and `command --run killed-0` with a kill at each of the moments (starting,
+    training, writing); a run that ends is followed by another. seconds: the longest training between two kills. Raises
     AssertionError where a killed run ends otherwise than the whole one."""
     rng = random.Random(0)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user's shell
@@ -40,21 +40,16 @@ def kill_often(command: list[str], folder: Path, moments: list[str], seconds: fl
     counts = dict(killed=0, starting=0, training=0, writing=0, continued=0, runs=0)
     subprocess.run([*command, "--run", "whole"], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=environment)
     while True:
-        run = folder / "runs" / f"killed-{counts['runs']}"
-        writing = run / "checkpoint.next.pt.tmp"
-
-        def saved() -> bool:
-            return any(run.glob("checkpoint*.pt"))
-
+        run, output = folder / "runs" / f"killed-{counts['runs']}", folder / "output"
+        saved, writing = run / "checkpoint.pt", run / "checkpoint.pt.tmp"
         left = counts["killed"] < len(moments)
-        output = folder / "output"
         with open(output, "w") as out:
             process = subprocess.Popen([*command, "--run", run.name], cwd=folder, stdout=out, env=environment)
         if left:
             moment = moments[counts["killed"]]
             if moment == "starting":
                 time.sleep(rng.uniform(0, 4))
-            elif wait_for(lambda: "BYOL:" in output.read_text() and (moment == "writing" or saved()), process):
+            elif wait_for(lambda: "BYOL:" in output.read_text() and (moment == "writing" or saved.exists()), process):
                 time.sleep(rng.uniform(0, seconds))
                 if moment == "writing" and wait_for(writing.exists, process):
                     time.sleep(rng.uniform(0, 0.05))

@@ -5,6 +5,7 @@ GPU have no place in a step. A GPU that is really there is left alone.
 """
 import contextlib
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import byol
+import evaluate
 import train_byol
 import train_classifier
 import utils
-from byol import BYOL, CROP_DRAWS, VIEW_DRAWS
-from conftest import small_encoder
+from byol import BYOL, build_optimizer, parameter_groups
+from conftest import HAS_GPU, small_encoder
 from data import Split, fetch, place
-from utils import build_encoder, build_optimizer, extract_features, knn_predict, read_constants, resolve_auto
+from encoders import build_encoder
+from test_train_byol import rows, tiny, weights  # noqa: F401
+from utils import read_constants
+from views import CROP_DRAWS, VIEW_DRAWS
 
 aten = torch.ops.aten
-CUDA = torch.device("cuda:0")
-PRECISIONS = pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-PLACES = pytest.mark.parametrize("where", ["GPU", "host"])  # of the images
+CUDA, DTYPES = torch.device("cuda:0"), {"bf16": torch.bfloat16, "fp32": torch.float32}
+CASES = [("small", *case) for case in product(["GPU", "host"], ["bf16", "fp32"], ["sgd", "adamw"])]
 
 
 class Host(TorchDispatchMode):
@@ -47,8 +50,9 @@ class Host(TorchDispatchMode):
         if func is aten._fused_sgd_.default:  # has no fake kernel
             assert all(x.device == CUDA for x in sum(args[:3], [])), "weights, gradients and momentum"
             return None
-        if func is aten._local_scalar_dense.default and args[0].device == CUDA:
-            self.wait("read")
+        if func is aten._local_scalar_dense.default:
+            if args[0].device == CUDA:
+                self.wait("read")
             return 0.0 if args[0].is_floating_point() else 0
         result = func(*args, **kwargs)
         if func is aten._to_copy.default:
@@ -71,7 +75,7 @@ class Host(TorchDispatchMode):
             self.wait(f"copy {list(source.shape)}")
 
     def wait(self, what):
-        frame, root = sys._getframe(), Path(byol.__file__).parent
+        frame, root = sys._getframe(), Path(utils.__file__).parent
         while frame and Path(frame.f_code.co_filename).parent != root:
             frame = frame.f_back
         self.waits.append(f"{frame.f_code.co_name if frame else 'test'}: {what}")
@@ -116,106 +120,83 @@ def cuda(monkeypatch):
 
 
 def images(n, where, monkeypatch):
-    """`n` images that `place` has put where the test wants them; "host, by columns" as STL-10 stores them."""
+    """`n` images that `place` has put where the test wants them; "columns" are the host's, stored as STL-10's are."""
     pixels = torch.zeros(n, 3, 24, 24, dtype=torch.uint8)
-    if where == "host, by columns":
-        pixels = pixels.transpose(2, 3)
+    pixels = pixels.transpose(2, 3) if where == "columns" else pixels
     free = 2 * pixels.nbytes + (where == "GPU")  # they fit in half of it, by a byte, or do not
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
     return place(pixels, CUDA)
 
 
-def batch_of(n, where):
-    """The shape of what is sent for a batch: its indices where the images are on the GPU."""
-    return (n,) if where == "GPU" else (n, 3, 24, 24)
+def sent_for(where, n, *rest):
+    """What is sent for a batch: its images, or their indices where the images are on the GPU; and the rest."""
+    return [(n,) if where == "GPU" else (n, 3, 24, 24), *rest]
 
 
-def pretraining_steps(cuda, monkeypatch, encoder, where, optimizer, precision):
-    """Two steps of train_byol's loop; what the host did in them, and in which type the networks calculated."""
-    model, types = BYOL(*encoder, 16, 8), set()
+@pytest.mark.parametrize("network, where, precision, optimizer", [("resnet18", "columns", "bf16", "sgd"), *CASES])
+def test_pretraining_never_waits_for_the_gpu_but_for_a_row(cuda, monkeypatch, network, where, precision, optimizer):
+    """The script's own loop, an epoch of two steps. Losses are counted where they would be read, and images are not
+    gathered ahead: torch's modes do not hold in another thread."""
+    flags = "--init random --batch-size 8 --image-size 24 --epochs 1 --precision"
+    train_byol.resolve(c := read_constants(vars(train_byol), [*flags.split(), precision]))
+    model = BYOL(*(small_encoder if network == "small" else build_encoder)(network, "random", 0), 16, 8)
+    types, read, state = set(), [], {"step": 0, "losses": [], "rows": []}
     model.predictor[0].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+
+    def read_losses(state, losses, model=None):
+        assert all(loss.device == CUDA and loss.shape == () for loss in losses)
+        read.append(len(losses))
+        state["losses"] = [2.0] * len(losses)
+        losses.clear()
+
+    monkeypatch.setattr(train_byol, "read_losses", read_losses)
+    monkeypatch.setattr(train_byol, "batches", lambda pixels, indices, to: (fetch(pixels, i, to) for i in indices))
+    for name in ("save_torch", "write_rows"):
+        monkeypatch.setattr(train_byol, name, lambda *args: None)
     with cuda() as host:
         pixels = images(16, where, monkeypatch)
         model = model.to(CUDA, memory_format=torch.channels_last)
-        optimizer = build_optimizer(model, optimizer, 0.1, 1e-4)
+        optimizer = build_optimizer(optimizer, parameter_groups(model, 1e-4))
         host.waits.clear()  # the network and the images had to get there
-        for index in torch.arange(16).split(8):
-            views = byol.two_views(fetch(pixels, index, CUDA), 24, torch.Generator().manual_seed(0))
-            loss = train_byol.train_step(model, model, optimizer, views, 0.1, 0.9, precision)
-    assert loss.device == CUDA and loss.shape == () and all(p.grad is not None for p in model.predictor.parameters())
-    return host, types
+        train_byol.train(c, Path("runs/x"), state, pixels, model, optimizer, None)
+    assert types == {DTYPES[precision]} and all(p.grad is not None for p in model.predictor.parameters())
+    assert read == [2, 0] and host.waits == ["train: read"], "losses and the spread, for the epoch's row"
+    assert host.sent == sent_for(where, 8, (2, 8, VIEW_DRAWS)) * 2, "images, and one copy for both views"
 
 
-@PRECISIONS
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@PLACES
-def test_a_pretraining_step_never_waits_for_the_gpu(cuda, monkeypatch, where, optimizer, precision):
-    host, types = pretraining_steps(cuda, monkeypatch, small_encoder("", "random", 0), where, optimizer, precision)
-    assert host.waits == []
-    assert types == {precision}
-    assert host.sent == [batch_of(8, where), (2, 8, VIEW_DRAWS)] * 2, "a step: images, and one copy for both views"
-
-
-def test_nor_does_one_of_a_resnet_on_images_stored_by_columns(cuda, monkeypatch):
-    encoder = build_encoder("resnet18", "random", 0)
-    host, _ = pretraining_steps(cuda, monkeypatch, encoder, "host, by columns", "sgd", torch.bfloat16)
-    assert host.waits == []
-    assert host.sent == [(8, 3, 24, 24), (2, 8, VIEW_DRAWS)] * 2
-
-
-@PRECISIONS
-@PLACES
-def test_features_and_knn_wait_for_batches_from_the_host_and_nothing_else(cuda, monkeypatch, where, precision):
-    encoder, feature_dim = small_encoder("", "random", 0)
-    with cuda() as host:
-        pixels = images(20, where, monkeypatch)
-        encoder = encoder.to(CUDA, memory_format=torch.channels_last)
-        host.waits.clear()
-        features = extract_features(encoder, pixels, CUDA, precision, batch_size=8)
-        assert features.device == CUDA and features.shape == (20, feature_dim) and features.dtype == torch.float32
-        copies = [f"extract_features: copy [{n}, 3, 24, 24]" for n in (8, 8, 4)]
-        assert host.waits == ([] if where == "GPU" else copies)
-        host.waits.clear()
-        labels = torch.zeros(12, dtype=torch.long, device=CUDA)
-        predicted = knn_predict(features[:12], labels, features[12:], 3)
-        assert predicted.device == CUDA and predicted.shape == (8,)
-        assert host.waits == []
-    assert host.sent == []
-
-
-@PLACES
-def test_the_monitor_waits_for_the_features_alone(cuda, monkeypatch, where):
-    encoder, feature_dim = small_encoder("", "random", 0)
-    with cuda() as host:
-        train = Split(images(20, where, monkeypatch), torch.zeros(20, dtype=torch.long), ["a", "b"])
-        encoder = encoder.to(CUDA)
-        host.waits.clear()
-        monkeypatch.setattr(train_byol, "fit_logistic", lambda x, *rest: nn.Linear(x.shape[1], 2))  # of the host alone
-        train_byol.monitor(encoder, train, 0, CUDA, torch.bfloat16)
-    copies = [] if where == "GPU" else ["extract_features: copy [20, 3, 24, 24]"]
-    assert host.waits == copies + [f"monitor: copy [20, {feature_dim}]"]
-    assert host.sent == []
-
-
-@PRECISIONS
-@PLACES
-def test_a_fine_tuning_step_never_waits_for_the_gpu(cuda, monkeypatch, where, precision):
-    c = read_constants(vars(train_classifier), ["--demo", "--epochs", "2", "--batch-size", "8"])
-    resolve_auto(c, train_classifier.AUTO)
-    encoder, feature_dim = small_encoder("", "random", 0)
+@pytest.mark.parametrize("where, precision", [("GPU", "bf16"), ("GPU", "fp32"), ("host", "bf16"), ("host", "fp32")])
+def test_fine_tuning_never_waits_for_the_gpu(cuda, monkeypatch, small, where, precision):
+    flags = "--demo --epochs 2 --batch-size 8 --optimizer sgd --precision"
+    c = read_constants(vars(train_classifier), [*flags.split(), precision])
+    split, types = Split(torch.zeros(20), torch.zeros(20, dtype=torch.long), ["a", "b", "c"]), set()
+    setup = train_classifier.build_setup(c, split, split, torch.device("cpu"), [], 0)
+    setup.network.fc[1].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+    weights = small_encoder("", "random", 0)[0].state_dict()
 
     def start(*arguments):  # the network and the images are there, and the steps begin
         host.waits.clear()
         return build_optimizer(*arguments)
 
     monkeypatch.setattr(train_classifier, "build_optimizer", start)
+    monkeypatch.setattr(train_classifier.copy, "deepcopy", lambda network: network)  # fake ones cannot be copied
     with cuda() as host:
-        train = Split(images(20, where, monkeypatch), torch.zeros(20, dtype=torch.long), ["a", "b", "c"])
-        task = train_classifier.Task(c, train, None, CUDA, precision, [], train_classifier.Trainee())
-        network = train_classifier.fine_tune(task, encoder, feature_dim, torch.arange(16), 0, 0.01)
-    assert network.fc.weight.device == CUDA and network.fc.weight.grad is not None
-    assert host.waits == []
-    assert host.sent == [batch_of(8, where), (8, CROP_DRAWS), (8,)] * 4, "for each step images, crops and labels"
+        network, split = setup.network.to(CUDA), split._replace(pixels=images(20, where, monkeypatch))
+        setup = setup._replace(train=split, device=CUDA, network=network, forward=network)
+        tuned = train_classifier.fine_tune(setup, weights, torch.arange(16), 0, 0.01, "")
+    assert types == {DTYPES[precision]} and tuned.fc.weight.device == CUDA and tuned.fc.weight.grad is not None
+    assert host.waits == [] and host.sent == sent_for(where, 8, (8, CROP_DRAWS), (8,)) * 4, "images, crops and labels"
+
+
+@pytest.mark.parametrize("where", ["GPU", "host"])
+def test_the_monitor_waits_for_batches_from_the_host_and_for_the_features(cuda, monkeypatch, where):
+    encoder, feature_dim = small_encoder("", "random", 0)
+    monkeypatch.setattr(evaluate, "fit_logistic", lambda x, *rest: nn.Linear(x.shape[1], 2))  # of the host alone
+    with cuda() as host:
+        pixels, encoder = images(300, where, monkeypatch), encoder.to(CUDA)
+        host.waits.clear()
+        evaluate.monitor(encoder, pixels, torch.zeros(300, dtype=torch.long), 0, CUDA, "bf16")
+    copies = [] if where == "GPU" else [f"extract_features: copy [{n}, 3, 24, 24]" for n in (256, 44)]
+    assert host.waits == [*copies, f"monitor: copy [300, {feature_dim}]"] and host.sent == []
 
 
 def test_auto_takes_the_gpu_its_fast_matrix_products_and_bf16_unless_emulated(cuda, monkeypatch):
@@ -225,9 +206,9 @@ def test_auto_takes_the_gpu_its_fast_matrix_products_and_bf16_unless_emulated(cu
     with cuda():
         assert utils.select_device("auto") == CUDA
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
-    assert utils.select_precision("auto", CUDA) == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert utils.select_precision("auto", CUDA) == torch.float32
+    for emulated, precision in ((False, "bf16"), (True, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
+        assert utils.select_precision("auto", CUDA) == precision
 
 
 @pytest.mark.parametrize("device, backend, bound_to", [
@@ -235,13 +216,37 @@ def test_auto_takes_the_gpu_its_fast_matrix_products_and_bf16_unless_emulated(cu
 def test_processes_talk_by_what_their_device_has(monkeypatch, device, backend, bound_to):
     """Even a CPU run on a machine with a GPU, where torch would take NCCL."""
     calls = []
-
-    def init_process_group(backend=None, *, device_id=None, timeout=None):
-        calls.append((backend, device_id))
-
-    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend=None, *, device_id=None, timeout=None:
+                        calls.append((backend, device_id)))
     monkeypatch.delenv("RANK", raising=False)
     assert utils.start_processes(torch.device(device)) == (0, 1) and not calls, "alone there is no group"
     monkeypatch.setenv("RANK", "0")
     utils.start_processes(torch.device(device))
     assert calls == [(backend, bound_to)]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+def test_what_a_gpu_records_and_replays_is_the_same_training_and_no_step_waits(tiny, monkeypatch):
+    def strict(function, choosing):
+        calls = []
+
+        def call(*args):
+            calls.append(args)
+            torch.cuda.set_sync_debug_mode("error" if len(calls) > choosing else "default")
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return call
+
+    with monkeypatch.context() as patch:
+        for name, choosing in (("two_views", 2), ("train_step", 1)):  # the first calls choose kernels
+            patch.setattr(train_byol, name, strict(getattr(train_byol, name), choosing))
+        assert tiny("--device", "cuda", "--epochs", "4", run="eager") == 0
+    monkeypatch.setattr(utils, "MIN_STEPS_TO_COMPILE", 4)
+    assert tiny("--device", "cuda", "--epochs", "4", run="replayed") == 0
+    for name, value in weights("eager").items():
+        torch.testing.assert_close(weights("replayed")[name], value, atol=1e-2, rtol=1e-2)  # in TF32
+    for one, other in zip(rows("eager")[1:], rows("replayed")[1:], strict=True):
+        assert float(other["loss"]) == pytest.approx(float(one["loss"]), abs=0.03), "of two steps each"
+        assert float(other["spread"]) == pytest.approx(float(one["spread"]), rel=0.03)

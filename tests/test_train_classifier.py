@@ -1,36 +1,33 @@
-"""The comparison: fairness of the two arms, the probe, the run's settings, and the whole path on tiny data."""
+"""The comparison: the whole path on tiny data, its constants, earlier results that it goes on from, rates, fairness."""
 import copy
+import itertools
 import json
-import math
 import os
-import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import mean, stdev
 
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 import torchvision
-from torch.nn.modules.module import register_module_forward_hook
 
+import encoders
 import plots
 import train_byol
 import train_classifier
 import utils
-from byol import normalize
 from conftest import HAS_GPU, small_encoder, trace_compiled
-from data import Split, load_folds, load_split
+from data import Split, draw_patterns, load_folds
+from evaluate import gain_interval
 from test_data import write_folder, write_stl10
 from test_train_byol import TINY
-from train_classifier import (BASELINE, BATCHNORM, RANDOM, WITH_BYOL, Cell, Trainee, answers_of, draw_subset, fine_tune,
-                              fit_logistic, linear_probe, pack, reestimate_batchnorm, unpack)
-from utils import extract_features, knn_predict, percent, read_constants, resolve_auto
+from train_classifier import BASELINE, PROTOCOLS, WITH_BYOL, Training, fine_tune, plan, run_training, subset_of
+from views import denormalize
 
-CPU = torch.device("cpu")
 QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--labels-per-class", "all",
          "--learning-rate", "0.04"]
+HALF = ["--run", "none", "--dataset", "images", "--image-size", "16", "--init", "random"]
+ALL = torch.arange(40)  # of the images of `build`
 
 
 @pytest.fixture
@@ -38,9 +35,13 @@ def images(tmp_path, small):
     return write_folder(tmp_path / "images", per_class=10, unlabeled=20)
 
 
+def pretrain(*argv):
+    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", "tiny", *argv]) == 0
+
+
 @pytest.fixture
 def pretrained(images):
-    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", "tiny"]) == 0
+    pretrain()
     return Path("runs/tiny")
 
 
@@ -48,683 +49,412 @@ def compare(*argv):
     return train_classifier.main(["--run", "tiny", *QUICK, *argv])
 
 
-def results():
-    return json.loads(Path("runs/tiny/results.json").read_text())
+def results(run="tiny"):
+    return json.loads(Path(f"runs/{run}/results.json").read_text())
+
+
+def gains(run, protocol):
+    """Of each test image in each seed, from the records: [seeds, images]."""
+    before, after = (torch.tensor([[float(bit) for bit in record["correct"][protocol]]
+                                   for record in results(run)["records"] if record["arm"] == arm])
+                     for arm in (BASELINE, WITH_BYOL))
+    return after - before
+
+
+def calls_of(monkeypatch, name, keep):
+    """What `keep` takes of the arguments of each call of a function in the script, which is called all the same."""
+    calls, function = [], getattr(train_classifier, name)
+    monkeypatch.setattr(train_classifier, name, lambda *args: calls.append(keep(*args)) or function(*args))
+    return calls
+
+
+def build(*argv, images=40):
+    """What trainings without BYOL share, on so many patterns."""
+    c = utils.read_constants(vars(train_classifier), [*QUICK, *HALF, *argv])
+    train_classifier.adopt_runs(c)
+    train, test = (draw_patterns(n, 16, utils.seeded_generator(0, n)) for n in (images, 20))
+    return train_classifier.build_setup(c, train, test, torch.device("cpu"), [], 10)
+
+
+def weights_of(seed):
+    return small_encoder("", "random", seed)[0].state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 # ------------------------------------------------------------------------------------------------- the whole path
 
 def test_a_comparison_fills_the_runs_folder(pretrained, drawn, capsys):
-    assert compare("--labels-per-class", "3,all") == 0
-    assert {"results.json", "classifier.pt"} <= {p.name for p in pretrained.iterdir()}
-    assert all((pretrained / name).read_bytes().startswith(b"\x89PNG")
-               for name in ("comparison.png", "label_efficiency.png", "neighbors.png"))
-    found = results()
+    assert compare("--labels-per-class", "3,11,all") == 0
+    assert all((pretrained / f"{name}.png").read_bytes()[1:4] == b"PNG" for name in ("label_efficiency", "neighbors"))
+    out, found = capsys.readouterr().out, results()
+    assert "LABELS_PER_CLASS 11: class 'a' has only 10 training images; left out\n" in out
+    table = out[out.index("labels  test accuracy"):]
     assert ([(r["seed"], r["arm"], r["labels"]) for r in found["records"]]
             == [(s, a, b) for s in (0, 1, 2) for a in (BASELINE, WITH_BYOL) for b in (3, "all")])
-    for labels in (3, "all"):
-        for protocol, by_arm in found["summary"][str(labels)].items():
+    for labels, by_protocol in found["summary"].items():
+        for protocol, by_arm in by_protocol.items():
             for arm in (BASELINE, WITH_BYOL):
-                of_arm = [r for r in found["records"] if (r["arm"], r["labels"]) == (arm, labels)]
+                of_arm = [r for r in found["records"] if (r["arm"], str(r["labels"])) == (arm, labels)]
                 assert by_arm[arm] == [r[protocol] for r in of_arm]
-                for r in of_arm:
-                    assert 100 * unpack(r["right"][protocol], 20).double().mean().item() == pytest.approx(r[protocol])
-            assert by_arm["gain"] == pytest.approx([b - a for a, b in zip(by_arm[BASELINE], by_arm[WITH_BYOL])])
-    out = capsys.readouterr().out
-    table = out[out.index("labels  test accuracy"):]
-    assert all(name in table for name in ("fine-tuning", "linear probe", "kNN", "±", "seeds 0, 1, 2", "gain",
-                                          "95% interval over seeds and test images", "one pretraining run; fine-tuned for 2 epochs, the last one", "all labels, fine-tuned"))
-    assert max(map(len, out.splitlines())) <= 80
+                assert [5 * r["correct"][protocol].count("1") for r in of_arm] == by_arm[arm], "of 20 images"
+                row = next(line for line in table.splitlines() if line.startswith(f"{labels:>6}  {arm}"))
+                assert f"{mean(by_arm[arm]):.1f} ± {stdev(by_arm[arm]):.1f}" in row
+            assert by_arm["interval"][0] == pytest.approx(mean(by_arm[WITH_BYOL]) - mean(by_arm[BASELINE]))
+    for text in (*PROTOCOLS, "gain  ", "seeds 0, 1, 2", "95% interval over seeds and test images",
+                 "one pretraining run; fine-tuned for 2 epochs, the last one"):
+        assert text in table
+    assert max(map(len, out[out.index("images: 20 training images"):].splitlines())) <= 80
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_scripts_run_on_every_device_in_every_precision(images, device, precision):
-    argv = ["--device", device.type, "--precision", {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision]]
-    types = []
-    with register_module_forward_hook(lambda module, inputs, output: types.append((type(module), output.dtype))):
-        assert train_byol.main(["--dataset", "images", *TINY, "--run", "tiny", *argv]) == 0
+    argv, types = ["--device", device.type, "--precision", precision], []
+    with torch.nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: types.append((type(module), output.dtype))):
+        pretrain(*argv)
         assert compare("--seeds", "0", *argv) == 0
-    assert {dtype for module, dtype in types if issubclass(module, torch.nn.Conv2d)} == {precision}, "in training and for features"
-    config = json.loads(Path("runs/tiny/config.json").read_text())
-    for where in (config["environment"], results()["environment"]):
-        assert torch.device(where["device"]).type == device.type and where["precision"] == str(precision)[len("torch."):]
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert {dtype for kind, dtype in types if issubclass(kind, torch.nn.Conv2d)} == {expected}, "and for features"
+    for written in (json.loads(Path("runs/tiny/config.json").read_text()), results()):
+        assert torch.device(written["environment"]["device"]).type == device.type
+        assert written["constants"]["PRECISION"] == precision
     for file in ("encoder.pt", "classifier.pt"):
-        weights = torch.load(f"runs/tiny/{file}", weights_only=True)
-        assert all(w.device.type == "cpu" and w.isfinite().all() and w.dtype != torch.bfloat16 for w in weights.values())
+        for value in torch.load(f"runs/tiny/{file}", weights_only=True).values():
+            assert value.device.type == "cpu" and value.isfinite().all() and value.dtype != torch.bfloat16
+
+
+def test_stl10s_folds_are_subsets_and_the_classifier_loads_into_torchvision(tmp_path, small, monkeypatch, capsys):
+    """On STL-10's own format, with a real ResNet: from pretraining to the fine-tuned network."""
+    write_stl10(tmp_path / "data")
+    for script in (train_byol, train_classifier):
+        monkeypatch.setattr(script, "build_encoder", encoders.build_encoder)
+    pretrain("--dataset", "stl10", "--image-size", "32", "--batch-size", "15")
+    subsets = calls_of(monkeypatch, "fine_tune", lambda setup, weights, subset, *rest: subset.tolist())
+    assert compare("--seeds", "9,2", "--epochs", "1", "--labels-per-class", "fold") == 0
+    assert subsets == [load_folds("data", 20)[seed].tolist() for seed in (9, 9, 2, 2)]
+    network = torchvision.models.resnet18(num_classes=10)
+    network.load_state_dict(torch.load("runs/tiny/classifier.pt", weights_only=True), strict=True)
+    assert compare("--labels-per-class", "fold", "--seeds", "0,10") == 1
+    assert "SEEDS from 0 to 9: it has ten folds" in capsys.readouterr().err
 
 
 def test_compiled_fine_tuning_is_the_same_and_is_compiled_once(pretrained, monkeypatch, capsys):
-    """What a GPU has recorded of the first training serves all: the same memory, the same graph, the same batch size."""
-    addresses, build = [], train_classifier.build_optimizer
-
-    def seen(network, *rest):
-        addresses.append([value.data_ptr() for value in network.state_dict().values()])
-        return build(network, *rest)
-
+    """What a GPU has recorded of the first training serves all: its memory, its graph, its batch size."""
     argv = ["--labels-per-class", "all,3", "--seeds", "0,1", "--overwrite"]  # 6 images are no batch of 8: left alone
     assert compare(*argv) == 0
-    eager = results()["records"]
-    compiled = trace_compiled(monkeypatch)
-    monkeypatch.setattr(train_classifier, "build_optimizer", seen)
+    eager, compiled = results()["records"], trace_compiled(monkeypatch)
+    addresses = calls_of(monkeypatch, "parameter_groups", lambda network, *rest: [
+        value.data_ptr() for value in network.state_dict().values()])
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     assert compare(*argv) == 0 and not compiled, "8 trainings of 4 steps do not win back the time"
-    addresses.clear()
-    monkeypatch.setattr(train_classifier, "MIN_STEPS_TO_COMPILE", 32)
+    monkeypatch.setattr(utils, "MIN_STEPS_TO_COMPILE", 32)
     assert compare(*argv) == 0 and len(compiled) == 2 and "compiling" in capsys.readouterr().out
     assert results()["records"] == eager
-    assert len(addresses) == 8 and all(of_one == addresses[0] for of_one in addresses)
+    assert len(addresses) == 16 and all(of_one == addresses[8] for of_one in addresses[8:])
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 def test_what_a_gpu_records_of_fine_tuning_is_the_same_training(pretrained, monkeypatch):
-    argv, networks = ["--device", "cuda", "--epochs", "4", "--seeds", "0,1"], {"eager": [], "replayed": []}
-    tune = train_classifier.fine_tune
-
-    def kept(*args):
-        network = tune(*args)
-        networks[kind].append({name: value.clone() for name, value in network.state_dict().items()})
-        return network
-
-    monkeypatch.setattr(train_classifier, "fine_tune", kept)
-    for kind in networks:
-        assert compare("--overwrite", *argv) == 0
-        monkeypatch.setattr(train_classifier, "MIN_STEPS_TO_COMPILE", 4)
-    assert len(networks["eager"]) == len(networks["replayed"]) == 4
-    for a, b in zip(*networks.values()):
-        for name in a:
-            torch.testing.assert_close(b[name], a[name], atol=1e-2, rtol=1e-2)  # in TF32
-
-
-def test_more_seeds_and_budgets_are_added_to_a_comparison(pretrained, monkeypatch):
-    assert compare("--seeds", "0") == 0
-    first = results()["records"]
-    assert compare("--seeds", "0,1", "--labels-per-class", "3,all") == 0
-    assert results()["records"][:2] == first and len(results()["records"]) == 8
-    monkeypatch.setattr(train_classifier, "fine_tune", None)
-    for name in ("comparison.png", "neighbors.png"):
-        (pretrained / name).unlink()
-    assert compare("--seeds", "0,1") == 0, "table and figures are made again without training"
-    assert (pretrained / "comparison.png").exists() and (pretrained / "neighbors.png").exists()
-    assert results()["summary"].keys() == {"all"} and len(results()["records"]) == 8
-
-
-def test_results_of_another_precision_are_not_mixed(pretrained, monkeypatch, capsys):
-    """A comparison of another machine, where the same constants chose another precision."""
-    monkeypatch.setattr(utils, "has_native_bf16", lambda device: True)
-    assert compare("--seeds", "0", "--precision", "auto") == 0
-    monkeypatch.setattr(utils, "has_native_bf16", lambda device: False)
-    assert compare("--seeds", "0,1", "--precision", "auto") == 1
-    assert "other constants: precision bfloat16 -> float32;" in capsys.readouterr().err
-
-
-def test_an_init_that_is_not_random_has_two_more_arms(images, tmp_path, capsys, monkeypatch):
-    inits = []
-    build = train_classifier.build_encoder
-    monkeypatch.setattr(train_classifier, "build_encoder", lambda n, init, seed: inits.append(init) or build(n, init, seed))
-    assert compare("--dataset", "images", "--image-size", "16", "--init", "weights.pt", "--seeds", "0") == 0
-    assert [r["arm"] for r in results()["records"]] == [RANDOM, BASELINE, BATCHNORM]
-    assert inits == ["random", "weights.pt", "weights.pt"]
-    out = capsys.readouterr().out
-    assert RANDOM in out and BATCHNORM in out
-
-
-def test_controls_can_be_left_out_and_added_later(images, tmp_path, capsys):
-    argv = ["--dataset", "images", "--image-size", "16", "--init", "weights.pt", "--seeds", "0"]
-    assert compare(*argv, "--no-controls") == 0
-    first = results()["records"]
-    assert [r["arm"] for r in first] == [BASELINE] and RANDOM not in capsys.readouterr().out
-    assert compare(*argv) == 0 and results()["records"][:1] == first
-    assert [r["arm"] for r in results()["records"]] == [BASELINE, RANDOM, BATCHNORM]
-
-
-def test_all_four_arms_reach_the_table_and_the_figures(images, drawn, capsys, monkeypatch):
-    figures, save = [], plots.save_figure
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
-    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--init", "long/" * 20 + "weights.pt", "--run", "tiny"]) == 0
-    asked, reestimate = [], train_classifier.reestimate_batchnorm
-    monkeypatch.setattr(train_classifier, "reestimate_batchnorm", lambda *a: asked.append(a) or reestimate(*a))
-    capsys.readouterr()
-    assert compare("--labels-per-class", "3,all", "--seeds", "0") == 0 and len(asked) == 1
-    rows = [*(arms := [RANDOM, BASELINE, BATCHNORM, WITH_BYOL]), "gain"]
-    assert [r["arm"] for r in results()["records"]] == [arm for arm in arms for _ in range(2)]
-    out = capsys.readouterr().out
-    table = out.split("test accuracy (%)")[1]
-    assert max(map(len, out.splitlines())) <= 80
-    assert [table.index(f"   all  {row} ") for row in rows] == sorted(table.index(f"   all  {row} ") for row in rows)
-    assert {"comparison.png", "label_efficiency.png", "neighbors.png"} <= {p.name for p in Path("runs/tiny").iterdir()}
-    for legend in (figures[-3].axes[0].get_legend(), figures[-2].legends[0]):
-        box, page = legend.get_window_extent(), legend.figure.bbox
-        assert [text.get_text() for text in legend.texts] == arms and page.x0 <= box.x0 and box.x1 <= page.x1
-
-
-def test_batchnorm_only_takes_on_the_statistics_of_the_images_and_moves_no_weight(generator):
-    encoder, _ = small_encoder("", "random", 0)
-    encoder.bn.running_mean.fill_(9)
-    encoder.bn.num_batches_tracked.fill_(100)  # as in weights that were trained
-    before = {name: p.clone() for name, p in encoder.named_parameters()}
-    pixels = torch.randint(0, 256, (130, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    reestimate_batchnorm(encoder, pixels, CPU, torch.float32, batch_size=64)
-    assert all(torch.equal(p, before[name]) for name, p in encoder.named_parameters())
-    assert encoder.bn.num_batches_tracked == 2 and encoder.bn.momentum == 0.1, "whole batches; later training is as ever"
-    seen = encoder.conv(normalize(pixels.float() / 255))
-    torch.testing.assert_close(encoder.bn.running_mean, seen.mean(dim=(0, 2, 3)), atol=0.01, rtol=0)
-    torch.testing.assert_close(encoder.bn.running_var, seen.var(dim=(0, 2, 3)), atol=0, rtol=0.05)
-
-
-def test_stl10s_folds_are_the_labelled_subsets(tmp_path, small, monkeypatch, capsys):
-    write_stl10(tmp_path / "data")
-    subsets, tune = [], train_classifier.fine_tune
-    monkeypatch.setattr(train_classifier, "fine_tune", lambda t, e, f, s, *a: subsets.append(s.tolist()) or tune(t, e, f, s, *a))
-    argv = ["--dataset", "stl10", "--image-size", "16", "--init", "random", "--epochs", "1", "--folds"]
+    argv, networks = ["--device", "cuda", "--epochs", "4", "--seeds", "0,1"], []
+    monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: networks.append(fine_tune(*args)) or networks[-1])
     assert compare(*argv) == 0
-    folds = load_folds("data", 20)
-    assert subsets == [fold.tolist() for fold in folds]
-    assert [(r["seed"], r["labels"]) for r in results()["records"]] == [(fold, "fold") for fold in range(10)]
-    out = capsys.readouterr().out.partition("For the half")[0]
-    assert "over folds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in out and max(map(len, out.splitlines())) <= 80
-    subsets.clear()
-    assert compare(*argv, "--seeds", "4", "--overwrite") == 0 and subsets == [folds[4].tolist()]
-    assert compare(*argv, "--seeds", "10") == 2 and "those from 0 to 9" in capsys.readouterr().err
-    shared = task()._replace(folds=folds)
-    assert train_classifier.subset_of(shared, Cell(12, BASELINE, "fold", 1)).tolist() == folds[2].tolist(), "for its rate"
+    monkeypatch.setattr(utils, "MIN_STEPS_TO_COMPILE", 4)
+    assert compare("--overwrite", *argv) == 0 and len(networks) == 8
+    states = [network.state_dict() for network in networks]
+    torch.testing.assert_close(states[4:], states[:4], atol=1e-2, rtol=1e-2)  # in TF32
 
 
-def test_subsets_are_balanced_nested_and_the_seeds_own():
-    labels = torch.arange(60) % 3
-    few, more, other = (draw_subset(labels, n, seed) for n, seed in ((2, 0), (5, 0), (2, 1)))
-    assert labels[few].bincount().tolist() == [2] * 3 and labels[more].bincount().tolist() == [5] * 3
-    assert set(few.tolist()) < set(more.tolist()) and set(few.tolist()) != set(other.tolist())
-    assert draw_subset(labels, "all", 0).tolist() == list(range(60))
-
-
-def test_budgets_that_no_class_can_pay_are_named(pretrained, capsys):
-    assert compare("--labels-per-class", "11") == 2
-    assert "LABELS_PER_CLASS 11: class" in capsys.readouterr().err
-    assert compare("--labels-per-class", "11,all", "--seeds", "0") == 0
-    assert "has only 10 training images; left out" in capsys.readouterr().out
-
-
-def test_a_budget_that_is_no_number_is_named(pretrained, monkeypatch, capsys):
-    monkeypatch.setattr(train_classifier, "LABELS_PER_CLASS", "all")  # a constant's flag takes its default's type
-    assert compare("--labels-per-class", "10") == 2 and "LABELS_PER_CLASS 10 must be" in capsys.readouterr().err
-
-
-def test_results_from_other_first_weights_are_not_mixed(images, capsys):
-    argv = ["--dataset", "images", "--image-size", "16", "--init", "first.pt", "--seeds", "0", "--no-controls"]
-    for seed, status in ((0, 0), (1, 1)):
-        torch.save(small_encoder("", "random", seed)[0].state_dict(), "first.pt")
-        assert compare(*argv) == status
-    assert "measured with another INIT" in capsys.readouterr().err
-
-
-def test_a_comparison_starts_from_the_very_weights_that_pretraining_began_with(images, capsys):
-    torch.save(small_encoder("", "random", 0)[0].state_dict(), "first.pt")
-    assert train_byol.main(["--dataset", "images", *TINY, "--run", "tiny", "--init", "first.pt"]) == 0
-    assert compare("--seeds", "0", "--no-controls") == 0
-    torch.save(small_encoder("", "random", 1)[0].state_dict(), "first.pt")
-    assert compare("--seeds", "1", "--no-controls") == 1
-    assert "INIT first.pt is not the file that runs/tiny/config.json began with" in capsys.readouterr().err
+def test_without_byol_the_baseline_is_trained_and_the_other_half_explained(images, monkeypatch, capsys):
+    monkeypatch.setattr(train_classifier, "RUN", "none")  # edited in the file
+    assert train_classifier.main([*QUICK, *HALF[2:], "--seeds", "0", "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "no pretraining; fine-tuned for 1 epoch, the last one reported\n" in out
+    assert out.endswith("for the half with BYOL: python train_byol.py, and then the command that it ends with\n")
+    assert [r["arm"] for r in results("none")["records"]] == [BASELINE]
+    assert {path.name for path in Path("runs/none").iterdir()} == {".lock", "results.json", "classifier.pt"}
 
 
 def test_neighbours_of_few_images_and_of_the_classes_that_are_there(tmp_path, generator):
-    test = Split(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 2]), ["a", "b", "c"])
-    plots.plot_neighbors(tmp_path / "x.png", test, [("an arm", torch.eye(3))], generator, "run")
+    pixels, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 2])
+    plots.plot_neighbors(tmp_path / "x.png", pixels, labels, ["a", "b", "c"], {"arm": torch.eye(3)}, generator, "run")
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
-def test_right_answers_survive_the_file():
-    right = torch.arange(21) % 4 == 0
-    assert torch.equal(unpack(json.loads(json.dumps(pack(right))), 21), right)
+# -------------------------------------------------------------------------------------- constants and earlier results
+
+def test_dataset_encoder_init_and_size_come_from_the_run(pretrained, monkeypatch, capsys):
+    assert compare("--seeds", "0", "--image-size", "16", "--dataset", "./images") == 0, "what agrees is no error"
+    constants = results()["constants"]
+    assert constants["DATASET"] == str(Path("images").resolve()) and constants["IMAGE_SIZE"] == 16
+    for name, value in (("IMAGE_SIZE", 32), ("DATASET", "stl10"), ("ENCODER", "resnet34"), ("INIT", "imagenet")):
+        expected = f"error: {name} {value} contradicts runs/tiny/config.json, which says {constants[name]}: set it to "
+        assert compare(utils.flag(name), str(value)) == 1 and capsys.readouterr().err.startswith(expected)
+        with monkeypatch.context() as file:
+            file.setattr(train_classifier, name, value)
+            assert compare() == 1 and capsys.readouterr().err.startswith(expected)
 
 
-def test_accuracy_of_each_class(capsys):
-    c = constants("--seeds", "0,1")
-    cells = {Cell(seed, BASELINE, 5, c.EPOCHS): {"right": {"fine-tuning": pack(torch.tensor(right))}}
-             for seed, right in ((0, [True, False, True, True, True]), (1, [True, False, False, False, True]))}
-    train_classifier.print_classes(cells, Split(torch.empty(5), torch.tensor([0, 0, 0, 1, 1]), ["a", "b"]), [BASELINE], 5, c)
-    assert re.findall(r"^([ab]) +([0-9.]+)$", capsys.readouterr().out, re.M) == [("a", "50.0"), ("b", "75.0")]
-
-
-def test_mean_and_deviation():
-    assert train_classifier.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0" and train_classifier.mean_std([1.0]) == "1.0"
-
-
-def test_a_comparison_is_decided_by_its_seeds(pretrained):
-    compare("--seeds", "0,1")
-    first = results()["records"]
-    compare("--seeds", "0,1", "--overwrite")
-    assert results()["records"] == first
-
-
-def test_an_interrupted_comparison_goes_on_at_the_first_missing_arm(pretrained, monkeypatch, capsys):
-    argv = ["--seeds", "0,1"]
-    assert compare(*argv) == 0
-    whole = results()["records"]
-    tune, trained = train_classifier.fine_tune, []
-
-    def interrupted(*args):
-        trained.append(args[-1])
-        if len(trained) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return tune(*args)
-
-    monkeypatch.setattr(train_classifier, "fine_tune", interrupted)
-    capsys.readouterr()
-    assert compare("--overwrite", *argv) == 143 and len(results()["records"]) == 2
-    assert "the same command continues from there (without --overwrite)" in capsys.readouterr().out
-    assert compare(*argv) == 0 and len(trained) == 5
-    assert results()["records"] == whole
-
-
-def test_without_a_run_the_baseline_is_trained_and_the_other_half_explained(images, capsys):
-    assert compare("--dataset", "images", "--image-size", "16", "--init", "random", "--seeds", "0") == 0
-    first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "there is no pretraining in runs/tiny: this is the half without BYOL", "before anything is trained"
-    table, last = "\n".join(rest[:-1]), rest[-1]
-    assert "python train_byol.py --run tiny" in last and WITH_BYOL not in table and BASELINE in table
-    assert [r["arm"] for r in results()["records"]] == [BASELINE]
-
-
-def test_an_unfinished_run_is_named(pretrained, capsys):
+def test_a_run_that_is_not_there_is_named_with_the_nearest_and_downloads_nothing(pretrained, monkeypatch, capsys):
+    monkeypatch.setattr("data.download_stl10", lambda *a, **k: pytest.fail("downloads"))
+    for edited, given in (("byol", ["--run", "tinny"]), ("tinny", [])):
+        monkeypatch.setattr(train_classifier, "RUN", edited)
+        assert train_classifier.main([*QUICK, *given]) == 1 and not Path("runs/tinny").exists()
+        assert capsys.readouterr() == ("", "error: RUN tinny: there is no runs/tinny/config.json: did you mean tiny?; "
+                                           "pretrain that run first, or compare without BYOL (--run none)\n")
     (pretrained / "encoder.pt").unlink()
-    assert compare() == 1 and "no encoder.pt yet" in capsys.readouterr().err
+    assert compare() == 1 and "runs/tiny has no encoder.pt yet" in capsys.readouterr().err
 
 
-def test_dataset_encoder_init_and_size_come_from_the_run(pretrained, capsys):
-    assert compare("--seeds", "0", "--image-size", "16") == 0, "a flag that agrees is no error"
-    assert results()["constants"]["DATASET"] == "images" and results()["constants"]["IMAGE_SIZE"] == 16
-    for argv in (["--image-size", "32"], ["--dataset", "stl10"], ["--encoder", "resnet34"], ["--init", "imagenet"]):
-        assert compare(*argv) == 2
-        assert f"{argv[0]} {argv[1]} contradicts runs/tiny/config.json" in capsys.readouterr().err
-
-
-def test_a_single_class_is_refused_in_one_line(tmp_path, small, capsys):
-    write_folder(tmp_path / "one", classes=("a",))
-    assert compare("--dataset", "one", "--image-size", "16", "--init", "random") == 1
-    err = capsys.readouterr().err
-    assert err == "error: DATASET 'one' has but one class in train/: there is nothing to tell apart\n"
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_missing_split_is_named(pretrained, split, capsys):
-    (Path("images") / split).rename("elsewhere")
-    assert compare() == 1
-    assert f"{split}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argv, message", [(["--seeds", "0,0"], "SEEDS 0,0 repeats"), (["--seeds", "a"], "--seeds"),
-                                           (["--crop-area", "0"], "CROP_AREA is 0"),
-                                           (["--labels-per-class", "0"], "LABELS_PER_CLASS 0 must"),
-                                           (["--labels-per-class", "3,3"], "LABELS_PER_CLASS 3,3 must"),
-                                           (["--labels-per-class", "3,some"], "--labels-per-class"),
-                                           (["--labels-per-class", "1,3", "--learning-rate", "0.1,0.2"], "LABELS_PER_CLASS 1 leaves"),
-                                           (["--folds"], "FOLDS are STL-10's, and DATASET is"), (["--epochs", "-1"], "EPOCHS is -1")])
-def test_mistakes_end_in_one_line(pretrained, capsys, argv, message):
-    capsys.readouterr()
-    assert compare(*argv) == 2
+@pytest.mark.parametrize("argv, message", [
+    (["--seeds", "0,0"], "SEEDS is 0,0: it must be one value, or several that differ"),
+    (["--labels-per-class", "3,some"], "some: it must be a whole number at least 1 or all or fold"),
+    (["--labels-per-class", "3,3"], "LABELS_PER_CLASS is 3,3"), (["--crop-area", "0"], "CROP_AREA is 0"),
+    (["--labels-per-class", "1,3", "--learning-rate", "0.1,0.2"], "LABELS_PER_CLASS 1 leaves no image to choose"),
+    (["--labels-per-class", "fold"], "fold is for DATASET stl10"), (["--epochs", "-1"], "EPOCHS is -1"),
+    (["--labels-per-class", "11"], "LABELS_PER_CLASS 11: class 'a' has only 10 training images: lower it"),
+    (["--batch-size", "21"], "BATCH_SIZE is 21, but there are only 20 training images: lower it"),
+    (["--dataset", "one"], "/one' has but one class in train/: there is nothing to tell apart\n"),
+    (["--dataset", "none"], "/none' has no train/: the classifier needs train/<class>/"),
+    (["--dataset", "half"], "/half' has no test/: the classifier needs test/<class>/")])
+def test_mistakes_end_in_one_line(images, capsys, argv, message):
+    write_folder(Path("one"), classes=["a"])
+    write_folder(Path("half"))
+    Path("half/test").rename("none")
+    assert compare(*HALF, *argv) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_the_classifier_loads_into_plain_torchvision(tmp_path):
-    """On STL-10's own format, with a real ResNet: from pretraining to the fine-tuned network."""
-    write_stl10(tmp_path / "data")
-    assert train_byol.main([*TINY, "--image-size", "32", "--batch-size", "15", "--epochs", "1", "--run", "tiny"]) == 0
-    assert compare("--seeds", "0", "--epochs", "1") == 0
-    network = torchvision.models.resnet18(num_classes=10)
-    network.load_state_dict(torch.load("runs/tiny/classifier.pt", weights_only=True), strict=True)
+def test_seeds_and_budgets_are_added_and_nothing_is_trained_twice_but_with_overwrite(pretrained, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "has_native_bf16", lambda device: False)
+    assert compare("--seeds", "0", "--precision", "auto") == 0
+    first, classifier = results()["records"], (pretrained / "classifier.pt").read_bytes()
+    assert compare("--seeds", "0,1", "--labels-per-class", "3,all") == 0, "fp32 is what auto meant"
+    found = results()["records"]
+    assert found[:2] == first and len(found) == 8 and (pretrained / "label_efficiency.png").exists()
+    assert (pretrained / "classifier.pt").read_bytes() == classifier, "neither another seed's nor one of fewer labels"
+    (pretrained / "neighbors.png").unlink()
+    Path("link").symlink_to("images")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_classifier, "fine_tune", None)
+        assert compare("--seeds", "0,1", "--dataset", f"../{Path.cwd().name}/link", "--data-root", "other") == 0
+    assert (pretrained / "neighbors.png").exists(), "table and figures are made again"
+    assert results()["summary"].keys() == {"all"} and results()["records"] == found
+    monkeypatch.setattr(utils, "has_native_bf16", lambda device: True)
+    assert compare("--seeds", "0,1", "--precision", "auto") == 1
+    assert "results.json has other constants: PRECISION fp32 -> bf16;" in capsys.readouterr().err
+    (pretrained / "neighbors.png").write_text("old")
+    assert compare("--seeds", "0", "--overwrite") == 0 and results()["records"] == first
+    assert not (pretrained / "label_efficiency.png").exists() and (pretrained / "neighbors.png").read_text() != "old"
 
 
-# ------------------------------------------------------------------------------------------ rates, lengths, several runs
-
-def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pretrained, monkeypatch, capsys):
-    asked, best = [], {(BASELINE, 3): 0.2, (BASELINE, "all"): 0.05, (WITH_BYOL, 3): 0.1, (WITH_BYOL, "all"): 0.2}
-
-    def held_out(task, cell, rate):
-        asked.append((cell.arm, cell.labels, rate))
-        assert cell.seed == 0, "all arms are tuned on the same images, also later"
-        return 50.0 + (rate == best[cell.arm, cell.labels])
-
-    tuned, tune = [], train_classifier.fine_tune
-    monkeypatch.setattr(train_classifier, "held_out_accuracy", held_out)
-    monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: tuned.append(args[5]) or tune(*args))
-    argv = ["--labels-per-class", "3,all", "--learning-rate", "0.05,0.1,0.2"]
-    assert compare(*argv, "--seeds", "0,1") == 0
-    assert asked == [(*key, rate) for key in best for rate in (0.05, 0.1, 0.2)], "once for all seeds"
-    assert [r["rate"] for r in results()["records"]] == [*best.values()] * 2 == tuned
-    out = capsys.readouterr().out
-    assert "rate 0.1       3 labels with BYOL       held out 51.0\n" in out
-    ends = [line.split()[1] for line in out.splitlines() if "of LEARNING_RATE is best there" in line]
-    assert ends == ["largest", "smallest", "largest"], "and 0.1 lies between"
-    assert compare(*argv, "--seeds", "1,0,2") == 0 and len(asked) == 12, "nor for seeds that are added"
-    found = results()
-    del found["trials"][4], found["records"][1:]  # as if it had been stopped in the second search
-    (pretrained / "results.json").write_text(json.dumps(found))
-    assert compare(*argv, "--seeds", "1") == 0 and asked[12:] == [(BASELINE, "all", 0.1)], "what is known is kept"
-    assert [trial["held out"] for trial in results()["trials"]].count(51) == 4
-    assert compare(*argv, "--seeds", "0", "--epochs", "1") == 0 and len(asked) == 25, "another length is tuned by itself"
+def test_a_stopped_comparison_goes_on_at_the_first_missing_training(pretrained, monkeypatch, capsys):
+    assert compare() == 0
+    whole, steps = results()["records"], itertools.count(1)
+    calls_of(monkeypatch, "set_learning_rate", lambda *a: next(steps) == 10 and os.kill(os.getpid(), signal.SIGTERM))
+    assert compare("--overwrite") == 143 and results()["records"] == whole[:2], "in the third of six trainings"
+    assert capsys.readouterr().out.endswith("at once: the same command without --overwrite continues from there\n")
+    assert compare() == 0 and next(steps) == 10 + 4 * 4 + 1
+    assert results()["records"] == whole, "its seeds alone decide what comes out"
 
 
-@pytest.mark.parametrize("enough, folds", [(1, 1), (25, 3), (1000, 5)])
-def test_a_rate_is_judged_by_fifths_of_the_subset_that_were_held_out(monkeypatch, enough, folds):
-    """Balanced, disjoint, as many as are enough, and never by an image that was trained on or is for the test."""
-    monkeypatch.setattr(train_classifier, "HELD_OUT", enough)
-    monkeypatch.setattr(train_classifier, "build_encoder", small_encoder)
-    train, pairs = patterns(100), []
-    subset = draw_subset(train.labels, 5, 0)
-    tune, extract = train_classifier.fine_tune, train_classifier.extract_features
-    monkeypatch.setattr(train_classifier, "fine_tune", lambda *args: pairs.append([args[3]]) or tune(*args))
-    monkeypatch.setattr(train_classifier, "extract_features", lambda n, pixels, *a: pairs[-1].append(pixels) or extract(n, pixels, *a))
-    c = constants("--init", "random")
-    task = train_classifier.Task(c, train, None, CPU, torch.float32, [], Trainee())
-    accuracy = train_classifier.held_out_accuracy(task, Cell(0, BASELINE, 5, c.EPOCHS), 0.04)
-    assert len(pairs) == folds and 0 <= accuracy <= 100
-    held_out = [next(i for i in subset.tolist() if torch.equal(train.pixels[i], image)) for _, images in pairs for image in images]
-    assert len(set(held_out)) == len(held_out) == 10 * folds
-    for fold, (fitted, _) in enumerate(pairs):
-        of_fold = held_out[10 * fold:10 * fold + 10]
-        assert sorted(fitted.tolist() + of_fold) == sorted(subset.tolist())
-        assert train.labels[of_fold].tolist() == list(range(10)), "a fifth of each class"
-
-
-def test_other_lengths_are_kept_beside_and_drawn_against_the_steps(pretrained, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(train_classifier, "plot_lines", lambda path, panels, x, _, caption: drawn.append((path.name, panels, x, caption)))
-    assert compare("--seeds", "0") == 0 and not drawn
-    first = results()["records"]
-    assert compare("--seeds", "0", "--epochs", "4") == 0 and results()["records"][:2] == first
-    (name, panels, steps, captions), = drawn
-    assert "fine-tuned for 2, 4 epochs" in captions
-    classifier = (pretrained / "classifier.pt").read_bytes()
-    assert name == "steps.png" and steps == [4, 8] and panels.keys() == {"all labels"}
-    assert panels["all labels"][WITH_BYOL] == [[r["fine-tuning"] for r in results()["records"] if
-                                                (r["arm"], r["epochs"]) == (WITH_BYOL, epochs)] for epochs in (2, 4)]
-    assert compare("--seeds", "0", "--epochs", "1") == 0, "a shorter one leaves the network of the longest"
-    assert compare("--seeds", "1,2", "--epochs", "4") == 0, "and so do other seeds"
-    assert compare("--seeds", "0", "--epochs", "8", "--labels-per-class", "2") == 0, "and fewer labels"
-    assert (pretrained / "classifier.pt").read_bytes() == classifier
-    assert compare("--seeds", "0", "--epochs", "8") == 0 and (pretrained / "classifier.pt").read_bytes() != classifier
-
-
-def test_the_classifier_that_is_kept_is_byols_though_the_baseline_was_trained_longer(images):
-    half = ["--dataset", "images", "--image-size", "16", "--init", "random", "--seeds", "0"]
-    assert compare(*half, "--epochs", "4") == 0
-    of_baseline = Path("runs/tiny/classifier.pt").read_bytes()
-    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", "tiny"]) == 0
-    assert compare("--seeds", "0") == 0 and Path("runs/tiny/classifier.pt").read_bytes() != of_baseline
-
-
-@pytest.mark.parametrize("change, name", [("encoder", "encoder.pt (number 0 of RUN)"), ("test", "test/ of DATASET"),
-                                          ("image", "train/ of DATASET")])
-def test_results_of_another_encoder_or_of_other_images_are_not_mixed(pretrained, capsys, change, name):
+@pytest.mark.parametrize("name, change", [
+    ("encoder.pt (number 0 of RUN)", lambda: torch.save(weights_of(9), "runs/tiny/encoder.pt")),
+    ("test/ of DATASET", lambda: Path("images/test/b/9.png").rename("images/test/a/new.png")),
+    ("train/ of DATASET", lambda: Path("images/train/a/0.png").write_bytes(Path("images/train/b/0.png").read_bytes())),
+    ("version of this code", lambda: None)])
+def test_results_of_another_version_encoder_or_other_images_are_refused(pretrained, monkeypatch, capsys, name, change):
     assert compare("--seeds", "0") == 0
-    if change == "encoder":
-        weights = torch.load(pretrained / "encoder.pt", weights_only=True)
-        torch.save({key: value + 1 for key, value in weights.items()}, pretrained / "encoder.pt")
-    elif change == "test":
-        (Path("images/test/b/9.png")).rename("images/test/a/new.png")
-    else:
-        Image.new("RGB", (20, 20), "red").save("images/train/a/0.png")
+    change()
+    monkeypatch.setattr(train_classifier, "VERSION", utils.VERSION + name.startswith("version"))
     assert compare("--seeds", "0,1") == 1
-    assert f"results.json was measured with another {name}: use --overwrite" in capsys.readouterr().err
-    assert compare("--seeds", "0", "--overwrite") == 0
-
-
-def test_results_of_another_version_are_not_mixed(pretrained, monkeypatch, capsys):
-    assert compare("--seeds", "0") == 0
-    monkeypatch.setattr(train_classifier, "RESULTS_VERSION", train_classifier.RESULTS_VERSION + 1)
-    assert compare("--seeds", "0,1") == 1
-    assert "results.json is of another version of this code" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"another {name}" in err and err.endswith("use --overwrite to compare anew\n")
     assert compare("--seeds", "0", "--overwrite") == 0 and compare("--seeds", "0") == 0
 
 
-def test_a_run_that_gets_another_name_stays_one_run(pretrained, capsys):
-    assert compare("--seeds", "0,1") == 0
-    pretrained.rename("runs/other")
-    assert compare("--run", "other", "--seeds", "0,1,2") == 0
-    found = json.loads(Path("runs/other/results.json").read_text())
-    before, after = (answers_of([r for r in found["records"] if r["arm"] == arm], "kNN", 20) for arm in (BASELINE, WITH_BYOL))
-    assert found["summary"]["all"]["kNN"]["interval"] == list(utils.gain_of(after - before))
-    weights = torch.load("runs/other/encoder.pt", weights_only=True)
-    torch.save({key: value + 1 for key, value in weights.items()}, "runs/other/encoder.pt")
-    Path("runs/other").rename("runs/third")
-    assert compare("--run", "third", "--seeds", "0,1,2,3") == 1
-    assert "measured with another encoder.pt" in capsys.readouterr().err
+def test_a_run_and_its_first_weights_may_be_moved_but_not_be_others(images, capsys):
+    for file in images.glob("test/*/[1-9].png"):
+        file.unlink()
+    torch.save(weights_of(0), "first.pt")
+    pretrain("--init", "first.pt")
+    half = [*HALF, "--seeds", "0", "--init"]
+    assert compare("--seeds", "0,1") == 0 and compare(*half, "first.pt") == 0
+    before = results()["records"]
+    Path("first.pt").rename("moved.pt")
+    Path("runs/tiny").rename("runs/other")
+    assert compare("--run", "other", "--init", "moved.pt", "--seeds", "0,1,2") == 0 and compare(*half, "moved.pt") == 0
+    assert results("other")["records"][:4] == before and len(results("none")["records"]) == 1
+    for protocol, by_arm in results("other")["summary"]["all"].items():
+        assert by_arm["interval"] == list(gain_interval(gains("other", protocol))) and 0 <= by_arm["interval"][1] <= 100
+    assert gains("other", "kNN").shape == (3, 2), "of two test images"
+    torch.save(weights_of(1), "first.pt")
+    assert compare("--run", "other", "--seeds", "0") == 1
+    assert "first.pt is not the file that runs/other/config.json began with" in capsys.readouterr().err
+    assert compare(*half, "first.pt") == 1 and "measured with another INIT" in capsys.readouterr().err
 
 
-def test_runs_that_differ_in_their_seed_are_compared_together(images, capsys):
-    for seed in (3, 4):
-        assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", f"of{seed}", "--seed", str(seed)]) == 0
-    both = ["--run", "of3,of4"]
-    capsys.readouterr()
-    assert compare(*both, "--seeds", "0,1,2,3") == 0
-    found = json.loads(Path("runs/of3,of4/results.json").read_text())
-    assert [r["run"] for r in found["records"] if r["arm"] == WITH_BYOL] == ["of3", "of4", "of3", "of4"]
-    assert all(r["run"] is None for r in found["records"] if r["arm"] == BASELINE)
-    before, after = (torch.stack([unpack(r["right"]["kNN"], 20) for r in found["records"] if r["arm"] == arm]).double()
-                     for arm in (BASELINE, WITH_BYOL))
-    gains = after - before
-    expected = utils.gain_of(torch.stack([gains[0::2].mean(0), gains[1::2].mean(0)]))
-    assert found["summary"]["all"]["kNN"]["interval"] == pytest.approx(expected), "a run is one repetition"
+def test_runs_that_differ_in_their_seed_are_compared_together(images, monkeypatch, capsys):
+    starts = calls_of(monkeypatch, "fine_tune", lambda setup, weights, *rest: weights)
+    for name, *argv in (("of3", "--seed", "3"), ("of4", "--seed", "4"), ("again", "--seed", "3"),
+                        ("other", "--seed", "5", "--crop-area", "0.5")):
+        pretrain("--run", name, *argv)
+    assert compare("--run", "of3,of4", "--seeds", "0,1,2,3") == 0
     out = capsys.readouterr().out
+    for seed, run in enumerate(["of3", "of4"] * 2):
+        assert same(starts[2 * seed + 1], torch.load(f"runs/{run}/encoder.pt", weights_only=True))
+    of_seeds = gains("of3,of4", "kNN")
+    expected = gain_interval(torch.stack([of_seeds[0::2].mean(0), of_seeds[1::2].mean(0)]))
+    assert results("of3,of4")["summary"]["all"]["kNN"]["interval"] == pytest.approx(expected), "a run is one repetition"
     assert "2 pretraining runs, in turn" in out and "over runs, seeds and test images" in out
-    assert max(map(len, out.splitlines())) <= 80
     for argv, needle in ((["--seeds", "0,1,2"], "do not take the runs of3,of4 equally often: of 2 runs"),
-                         (["--seeds", "0,2"], "equally often"), (["--run", "of3,of3", "--seeds", "0,1"], "the same SEED")):
-        assert compare(*both, *argv) == 2 and needle in capsys.readouterr().err
-    assert compare("--run", "of3,missing", "--seeds", "0,1") == 1
-    assert "there is no runs/missing/config.json: pretrain that run first" in capsys.readouterr().err
-    assert train_byol.main(["--dataset", "images", *TINY, "--epochs", "1", "--run", "other", "--seed", "5",
-                            "--crop-area", "0.5"]) == 0
-    assert compare("--run", "of3,other", "--seeds", "0,1") == 2
-    assert "differ in CROP_AREA 0.2 and 0.5; runs that are compared together" in capsys.readouterr().err
+                         (["--seeds", "0,2"], "equally often"), (["--run", "of3,of3"], "RUN is of3,of3"),
+                         (["--run", "of3,again"], "two of these runs have the same SEED"),
+                         (["--run", "of3,missing"], "there is no runs/missing/config.json"),
+                         (["--run", "of3,other"], "differ in CROP_AREA 0.5 and 0.2; runs that are compared together")):
+        assert compare("--run", "of3,of4", "--seeds", "0,1", *argv) == 1 and needle in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------- fairness
-
-ALL = torch.arange(40)
-
-
-def constants(*argv):
-    c = read_constants(vars(train_classifier), ["--demo", *QUICK, *argv])
-    resolve_auto(c, train_classifier.AUTO)
-    return c
+def test_the_classifier_that_is_kept_is_that_of_the_most_labels_then_epochs(pretrained):
+    kept = []
+    for argv in (["2"], ["2", "--labels-per-class", "2"], ["1"], ["4", "--labels-per-class", "2"], ["4"]):
+        assert compare("--seeds", "0", "--epochs", *argv) == 0
+        kept.append((pretrained / "classifier.pt").read_bytes())
+    assert kept[:4] == kept[:1] * 4 and kept[4] != kept[0]
 
 
-def patterns(n=40):
-    split = load_split("patterns", "train", "", 16)
-    return split._replace(pixels=split.pixels[:n], labels=split.labels[:n])
+# -------------------------------------------------------------------------------------------------- rates and fairness
+
+def test_the_default_comparison_of_5000_labels_in_ten_classes_takes_at_most_60_trainings():
+    c, records = utils.read_constants(vars(train_classifier), ["--epochs", "10"]), {}
+    train = Split(torch.empty(5000), torch.arange(5000) % 10, list("abcdefghij"))
+    assert [train_classifier.images_of(labels, train) for labels in (50, "fold", "all")] == [500, 1000, 5000]
+    while missing := [t for t in plan(c, records, [BASELINE, WITH_BYOL], train) if t not in records]:
+        assert len(records) + len(missing) == 58
+        records[missing[0]] = {"fine-tuning": len(records) * 7 % 10}
+    assert sum(t.fifth is None for t in records) == 3 * 2 * 3 and all(t.rate in c.LEARNING_RATE for t in records)
 
 
-def task(*argv):
-    return train_classifier.Task(constants(*argv), patterns(), None, CPU, torch.float32, [], Trainee())
+def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pretrained, monkeypatch, capsys):
+    """A rate that is added later costs its own trials, and the table's trainings where it is the best."""
+    rising = {(BASELINE, 3): (0.05, 0.1, 0.2, 0.8), (BASELINE, "all"): (0.8, 0.2, 0.1, 0.05),
+              (WITH_BYOL, 3): (0.8, 0.05, 0.2, 0.1), (WITH_BYOL, "all"): (0.8, 0.05, 0.1, 0.2)}
+    best, asked = {key: rates[-1] for key, rates in rising.items()} | {(BASELINE, 3): 0.2}, []
+
+    def answered(setup, training):
+        asked.append(training)
+        correct = rising[training.arm, training.labels].index(training.rate)
+        record = {"correct": dict.fromkeys(PROTOCOLS, "1" * correct + "0" * (20 - correct))}
+        return training._asdict() | dict.fromkeys(PROTOCOLS, 5.0 * correct) | record, torch.nn.Linear(1, 1)
+
+    def asked_by(seeds, rates, *argv):
+        before = results()["records"] if Path("runs/tiny/results.json").exists() else []
+        asked.clear()
+        assert compare("--labels-per-class", "3,all", "--seeds", seeds, "--learning-rate", rates, *argv) == 0
+        assert results()["records"][:len(before)] == before and len(results()["records"]) == len(before) + len(asked)
+        return asked
+
+    def trials(*rates):
+        return [Training(0, *key, 2, rate, fifth) for key in best for rate in rates for fifth in (0, 1)]
+
+    def table(*seeds):
+        return [Training(seed, *key, 2, rate) for seed in seeds for key, rate in best.items()]
+
+    monkeypatch.setattr(train_classifier, "run_training", answered)
+    assert asked_by("0,1", "0.05,0.1,0.2") == trials(0.05, 0.1, 0.2) + table(0, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert "32 trainings of 4 steps to do" in lines
+    assert [line.split(":")[0] for line in lines if "at the end of LEARNING_RATE" in line] == [
+        "3 labels without BYOL", "all labels without BYOL", "all labels with BYOL"], "and 0.1 lies between"
+    assert asked_by("1,0,2", "0.05,0.1,0.2") == table(2)
+    assert len(asked_by("0", "0.1,0.2", "--epochs", "1")) == 16 + 4, "another length has rates of its own"
+    best[BASELINE, 3] = 0.8
+    assert asked_by("2,1", "0.05,0.1,0.2,0.8") == trials(0.8) + table(2, 1)[::4], "by the same seed"
 
 
-def test_both_arms_get_the_same_head_batches_and_steps(monkeypatch):
-    """Two different encoders: the same first head, the same images in the same order, the same crops."""
-    meetings = []
-    for seed_of_encoder in (0, 1):
-        heads, batches, crops = [], [], []
-        linear, fetch, draw = torch.nn.Linear, train_classifier.fetch, train_classifier.crop_of
-        monkeypatch.setattr(train_classifier.nn, "Linear", lambda *a: heads.append(linear(*a)) or heads[0])
-        monkeypatch.setattr(train_classifier, "fetch", lambda p, i, d: batches.append(i.tolist()) or fetch(p, i, d))
-        monkeypatch.setattr(train_classifier, "crop_of", lambda *a: crops.append(draw(*a)) or crops[-1])
-        encoder, feature_dim = small_encoder("", "random", seed_of_encoder)
-        first = []
-        build = train_classifier.build_optimizer
-        monkeypatch.setattr(train_classifier, "build_optimizer",
-                            lambda *a: first.append(heads[0].weight.detach().clone()) or build(*a))
-        fine_tune(task(), encoder, feature_dim, ALL, 5, 0.04)
-        meetings.append((first[0], batches, torch.stack([box for box, _ in crops])))
-        monkeypatch.undo()
-    (head_a, batches_a, crops_a), (head_b, batches_b, crops_b) = meetings
-    assert torch.equal(head_a, head_b) and batches_a == batches_b and torch.equal(crops_a, crops_b)
-    assert len(batches_a) == 2 * 5 and sorted(sum(batches_a[:5], [])) == list(range(40))
+def test_subsets_are_balanced_nested_and_the_seeds_own_and_a_rate_is_judged_by_their_fifths(small, monkeypatch):
+    """Those are balanced, disjoint, and were held out; no test image is looked at."""
+    setup = build(images=100)
+    pixels, labels, subset = setup.train.pixels, setup.train.labels, subset_of(setup, 5, 0)
+    few, other = (subset_of(setup, 2, seed) for seed in (0, 1))
+    assert labels[subset].bincount().tolist() == [5] * 10 and labels[few].bincount().tolist() == [2] * 10
+    assert set(few.tolist()) < set(subset.tolist()) and set(few.tolist()) != set(other.tolist())
+    assert torch.equal(subset_of(setup, "all", 0), torch.arange(100))
+    fitted = calls_of(monkeypatch, "fine_tune", lambda setup, weights, subset, *rest: subset.tolist())
+    seen = calls_of(monkeypatch, "extract_features", lambda network, pixels, *rest: pixels)
+    records = [run_training(setup, Training(0, BASELINE, 5, 2, 0.04, fifth))[0] for fifth in range(5)]
+    assert seen[0] is pixels and seen[1] is setup.test.pixels, "for the frozen features"
+    held_out = [[next(i for i in subset.tolist() if torch.equal(pixels[i], image)) for image in of] for of in seen[2:]]
+    assert sorted(sum(held_out, [])) == sorted(subset.tolist())
+    for record, fit, of in zip(records, fitted, held_out, strict=True):
+        assert sorted(fit + of) == sorted(subset.tolist()) and labels[of].tolist() == list(range(10))
+        assert record["fine-tuning"] == 10 * record["correct"]["fine-tuning"].count("1") and record["rate"] == 0.04
 
 
-def test_fine_tuning_normalises_its_images(monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_classifier, "crop_resize", lambda images, *a: torch.full(images.shape, 0.5))
-    encoder, feature_dim = small_encoder("", "random", 0)
-    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    fine_tune(task(), encoder, feature_dim, ALL, 0, 0.04)
-    torch.testing.assert_close(seen[0], normalize(torch.full_like(seen[0], 0.5)))
-    assert seen[0].amin() < 0.1
-
-
-def test_a_smaller_budget_takes_as_many_steps_and_only_its_own_images(monkeypatch):
-    batches, fetch = [], train_classifier.fetch
-    monkeypatch.setattr(train_classifier, "fetch", lambda p, i, d: batches.append(i.tolist()) or fetch(p, i, d))
-    encoder, feature_dim = small_encoder("", "random", 0)
-    fine_tune(task(), encoder, feature_dim, torch.tensor([3, 5, 9, 11, 20]), 0, 0.04)
-    assert len(batches) == 2 * 5 and all(sorted(batch) == [3, 5, 9, 11, 20] for batch in batches)
-
-
-def test_where_no_terminal_shows_its_bar_a_long_fine_tuning_says_each_minute_how_far_it_is(monkeypatch, capsys):
-    clock = (25 * i for i in range(100))  # seconds at each look
-    monkeypatch.setattr(train_classifier, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    fine_tune(task(), *small_encoder("", "random", 0), ALL, 0, 0.04, "seed 0")
-    assert capsys.readouterr().out.splitlines() == [
-        f"seed 0: step {step} of 10  {left} min left" for step, left in ((3, 3), (6, 2), (9, 0))]
+def test_both_arms_get_the_same_head_batches_crops_and_steps(small, monkeypatch):
+    """Two encoders, and the first one again: in the memory of the one before it, it comes out the same."""
+    starts = calls_of(monkeypatch, "parameter_groups", lambda network, *rest: copy.deepcopy(network.state_dict()))
+    batches = calls_of(monkeypatch, "fetch", lambda pixels, index, device: index.tolist())
+    draws = calls_of(monkeypatch, "crop_of", lambda draws, *rest: draws)
+    setup = build()._replace(advance=(titles := []).append)
+    tuned = [fine_tune(setup, weights_of(encoder), ALL, seed, 0.04, "title").state_dict()
+             for encoder, seed in ((0, 5), (1, 5), (0, 5), (0, 6))]
+    assert titles == ["title"] * 4 * 10 and batches[:10] == batches[10:20] != batches[30:]
+    assert sorted(sum(batches[:5], [])) == list(range(40)), "an epoch"
+    assert torch.equal(torch.stack(draws[:10]), torch.stack(draws[10:20]))
+    heads = [{name: start.pop(name) for name in list(start) if name.startswith("fc.")} for start in starts]
+    assert all(same(start, weights_of(encoder)) for start, encoder in zip(starts, (0, 1, 0, 0)))
+    assert same(heads[0], heads[1]) and not same(heads[0], heads[3])
+    assert same(tuned[0], tuned[2]) and not torch.equal(tuned[0]["conv.weight"], starts[0]["conv.weight"])
 
 
 def test_identical_encoders_gain_exactly_nothing(pretrained, monkeypatch):
     monkeypatch.setattr(train_classifier, "build_encoder", lambda name, init, seed: small_encoder(name, "random", 0))
     assert compare("--seeds", "0,1") == 0
-    assert all(by_arm["gain"] == [0, 0] for by_arm in results()["summary"]["all"].values())
+    for protocol in PROTOCOLS:
+        assert not gains("tiny", protocol).any() and results()["summary"]["all"][protocol]["interval"] == [0, 0]
 
 
-def test_the_heads_differ_between_seeds_and_the_encoder_is_trained():
-    encoder, feature_dim = small_encoder("", "random", 0)
-    before = encoder.conv.weight.detach().clone()
-    a = fine_tune(task(), encoder, feature_dim, ALL, 0, 0.04)
-    assert not torch.equal(a.conv.weight, before)
-    b = fine_tune(task(), small_encoder("", "random", 0)[0], feature_dim, ALL, 1, 0.04)
-    assert not torch.equal(a.fc.weight, b.fc.weight)
+def test_a_fine_tuning_in_detail(small, monkeypatch, generator):
+    """A smaller budget takes as many steps, of its own images alone, which are normalised. The head learns at its own
+    rate, behind a BatchNorm, and ends as one linear layer that answers as both did."""
+    batches = calls_of(monkeypatch, "fetch", lambda pixels, index, device: sorted(index.tolist()))
+    groups = calls_of(monkeypatch, "set_learning_rate", lambda optimizer, rate: optimizer.param_groups)
+    inputs, setup, x = [], build("--head-rate", "0.25"), torch.randn(8, 3, 16, 16, generator=generator)
+    hook = setup.network.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    tuned = fine_tune(setup, weights_of(0), torch.tensor([3, 5, 9, 11, 20]), 0, 0.04, "").eval()
+    hook.remove()
+    assert batches == [[3, 5, 9, 11, 20]] * 2 * 5
+    images = denormalize(torch.cat(inputs))
+    torch.testing.assert_close(images, images[:, :1].clamp(0, 1).expand_as(images))  # patterns are gray
+    norm, linear = setup.network.eval().fc
+    own = {id(p) for group in groups[0] if group["scale"] == 0.25 for p in group["params"]}
+    assert own == set(map(id, linear.parameters())) and {group["scale"] for group in groups[0]} == {1, 0.25}
+    assert type(norm) is torch.nn.BatchNorm1d and not norm.affine and type(tuned.fc) is torch.nn.Linear
+    torch.testing.assert_close(tuned(x), setup.network(x), rtol=1e-4, atol=1e-4)
 
 
-def test_fine_tuning_does_not_depend_on_the_scale_of_the_features():
-    x, scores = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), []
-    for scale in (torch.full((64,), 64.0), 2.0 ** torch.arange(6, 70).remainder(12).clamp(min=6)):
-        encoder, feature_dim = small_encoder("", "random", 0)
-        # From 64 up, where what BatchNorm adds to a variance is nothing.
-        encoder.pool.register_forward_hook(lambda module, inputs, features, scale=scale: features * scale)
-        scores.append(fine_tune(task("--epochs", "20"), encoder, feature_dim, ALL, 0, 0.04).eval()(x))
-    torch.testing.assert_close(scores[0], scores[1], rtol=0.01, atol=0.01)
-    assert scores[0].std() > 0.1
+def test_where_no_terminal_shows_its_bar_a_line_says_each_half_minute_how_far_it_is(monkeypatch, capsys):
+    now = [0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    advance = train_classifier.progress_over(10)
+    for _ in range(10):
+        now[0] += 25
+        advance("seed 0")
+    assert capsys.readouterr().out.splitlines() == [
+        f"seed 0: step {step} of 10, {left} min left" for step, left in ((2, 3), (4, 2), (6, 2), (8, 1), (10, 0))]
 
 
-def test_the_tuned_network_ends_in_one_linear_layer_that_answers_as_it_did_in_training(monkeypatch):
-    kept, fold = [], train_classifier.fold_standardisation
-    monkeypatch.setattr(train_classifier, "fold_standardisation",
-                        lambda *a: kept.append(copy.deepcopy(encoder.fc).eval()) or fold(*a))
-    encoder, feature_dim = small_encoder("", "random", 0)
-    network = fine_tune(task(), encoder, feature_dim, ALL, 0, 0.04).eval()
-    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert type(network.fc) is torch.nn.Linear and type(kept[0]) is torch.nn.Sequential
-    torch.testing.assert_close(network(x), kept[0](network[:-1](x)), rtol=1e-4, atol=1e-4)
-
-
-def test_the_head_learns_at_its_own_rate(monkeypatch):
-    groups = []
-    monkeypatch.setattr(train_classifier, "take_step", lambda optimizer, *_: groups.extend(optimizer.param_groups))
-    encoder, feature_dim = small_encoder("", "random", 0)
-    network = fine_tune(task("--head-rate", "0.25", "--epochs", "1"), encoder, feature_dim, ALL, 0, 0.04)
-    own = {id(p) for group in groups if group["scale"] == 0.25 for p in group["params"]}
-    assert own == set(map(id, network.fc.parameters())) and {group["scale"] for group in groups} == {1, 0.25}
-
-
-def test_neither_the_frozen_protocols_nor_another_budget_move_an_encoder(pretrained, monkeypatch):
-    """Every fine-tuning starts from the very encoder that was built, whatever came before it."""
-    starts, tune = {}, train_classifier.fine_tune
-
-    def recorded(task, encoder, *rest):
-        starts.setdefault(rest[-1].split(", ")[2], []).append({k: v.clone() for k, v in encoder.state_dict().items()})
-        return tune(task, encoder, *rest)
-
-    monkeypatch.setattr(train_classifier, "fine_tune", recorded)
-    assert compare("--seeds", "0", "--labels-per-class", "3,5,all") == 0
-    fresh = small_encoder("", "random", 0)[0].state_dict()
-    exported = torch.load(pretrained / "encoder.pt", weights_only=True)
-    for arm, expected in ((BASELINE, fresh), (WITH_BYOL, exported)):
-        assert len(starts[arm]) == 3 and all(torch.equal(start[k], expected[k]) for start in starts[arm] for k in expected)
-
-
-def test_the_last_epoch_is_reported(pretrained, monkeypatch):
-    """The test images are predicted once, after training: there is no best epoch to choose."""
-    calls, extract = [], train_classifier.extract_features
-    monkeypatch.setattr(train_classifier, "extract_features", lambda e, p, *a: calls.append(len(p)) or extract(e, p, *a))
-    compare("--seeds", "0")
-    assert len(calls) == 2 * 3  # an arm: training and test images for the frozen protocols, test images at the end
-    calls.clear()
-    compare("--seeds", "0,1", "--overwrite")
-    assert len(calls) == 4 * 3 - 2, "the pretrained encoder is the same for all seeds: its features are kept"
-
-
-def test_random_labels_are_learned_at_chance(images, generator):
-    train, test = (load_split("patterns", split, "", 16) for split in ("train", "test"))
-    shuffled = test._replace(labels=test.labels[torch.randperm(len(test.labels), generator=generator)])
-    train = train._replace(labels=train.labels[torch.randperm(len(train.labels), generator=generator)])
-    encoder, _ = small_encoder("", "random", 0)
-    features, queries = (extract_features(encoder, split.pixels, CPU, torch.float32) for split in (train, shuffled))
-    probe, _ = linear_probe(features, train.labels, 10, seed=0)
-    bound = 4 * math.sqrt(0.1 * 0.9 / len(test.labels)) * 100
-    for guess in (probe(queries).argmax(dim=1), knn_predict(features, train.labels, queries, 10)):
-        assert abs(percent(guess == shuffled.labels) - 10) < bound
-
-
-# ------------------------------------------------------------------------------------------------------------- probe
-
-def test_logistic_regression_reaches_the_minimum(generator):
-    """At the optimum the gradient of the convex objective is 0; checked in fp64, on the standardised features.
-
-    A loss near 1 in fp32 cannot tell points whose gradient is below some sqrt(2 * 1.2e-7) = 5e-4: how far below the search
-    ends is the processor's rounding (5.5e-5 at most in 40 draws on one, 1.3e-4 in this draw on another; with three
-    iterations at least 1.3e-3).
-    """
-    x = torch.randn(200, 6, generator=generator) * torch.tensor([1, 10, 0.1, 1, 1, 1]) + 3
-    labels = torch.randint(0, 3, (200,), generator=generator)
-    head = fit_logistic(x, labels, classes=3, penalty=0.05)
-    mean, std = x.double().mean(0), x.double().std(0)
-    weight = (head.weight.double() * std).requires_grad_()
-    bias = (head.bias.double() + head.weight.double() @ mean).requires_grad_()
-    loss = F.cross_entropy((x.double() - mean) / std @ weight.T + bias, labels) + 0.05 / 2 * weight.square().sum()
-    gradients = torch.autograd.grad(loss, (weight, bias))
-    assert max(g.abs().max().item() for g in gradients) < 5e-4
-
-
-def test_linear_probe_finds_what_theory_allows(generator):
-    """Two classes at distance 2 in unit noise: Phi(1) = 84.1% at best."""
-    labels = torch.randint(0, 2, (6000,), generator=generator)
-    x = torch.randn(6000, 5, generator=generator)
-    x[:, 0] += labels * 2.0
-    probe, penalty = linear_probe(x[:2000], labels[:2000], 2, seed=0)
-    right = (probe(x[2000:]).argmax(1) == labels[2000:]).float().mean().item()
-    assert abs(right - 0.8413) < 4 * math.sqrt(0.84 * 0.16 / 4000) and penalty in train_classifier.PROBE_PENALTIES
-
-
-def test_the_probes_penalty_is_judged_by_every_image_once_held_out(monkeypatch):
-    """And the one that gets most of them right is taken."""
-    labels, asked = torch.arange(50) % 5, []
-    features = torch.arange(50.0)[:, None]  # an image's feature is its number
-    right_for = {penalty: 2 + 4 * i for i, penalty in enumerate(train_classifier.PROBE_PENALTIES)}
-    best = train_classifier.PROBE_PENALTIES[2]
-    right_for[best] = 20
-
-    def fit(x, y, classes, penalty):
-        assert torch.equal(labels[x[:, 0].long()], y)
-
-        def probe(queries):
-            number = queries[:, 0].long()
-            asked.append((penalty, x[:, 0].tolist(), number.tolist()))
-            return F.one_hot(torch.where(number < right_for[penalty], labels[number], (labels[number] + 1) % classes), classes)
-        return probe
-
-    monkeypatch.setattr(train_classifier, "fit_logistic", fit)
-    _, penalty = linear_probe(features, labels, 5, seed=0)
-    assert penalty == best
-    for penalty in right_for:
-        of_penalty = [(set(fitted), held_out) for p, fitted, held_out in asked if p == penalty]
-        assert sorted(i for _, held_out in of_penalty for i in held_out) == list(range(50))
-        assert all(len(fitted) == 40 and not fitted & set(held_out) for fitted, held_out in of_penalty)
-        assert all(labels[held_out].bincount().tolist() == [2] * 5 for _, held_out in of_penalty)
+def test_every_fine_tuning_starts_from_the_very_encoder_and_is_tested_once_at_its_end(pretrained, monkeypatch):
+    """Neither the frozen protocols nor another budget move an encoder, and there is no best epoch to choose."""
+    starts = calls_of(monkeypatch, "fine_tune", lambda setup, weights, *rest: copy.deepcopy(weights))
+    asked = calls_of(monkeypatch, "extract_features", lambda network, pixels, *rest: len(starts))
+    assert compare("--seeds", "0,1", "--labels-per-class", "3,all") == 0
+    baseline, exported = map(weights_of, (0, 1)), torch.load(pretrained / "encoder.pt", weights_only=True)
+    expected = sum(([weights] * 2 + [exported] * 2 for weights in baseline), [])
+    assert len(starts) == 8 and all(map(same, starts, expected))
+    # Before it training and test images for the frozen protocols, once an encoder; after each the test images.
+    assert asked == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 7, 8]
