@@ -124,8 +124,10 @@ def compare(c: SimpleNamespace) -> None:
         while missing:
             training = missing[0]
             records[training], network = run_training(setup, training)
-            kept = {t: (images_of(t.labels, train), t.epochs) for t in records if t.fifth is None and t.arm == arms[-1]}
-            if training in kept and kept[training] == max(kept.values()) and training.seed == next(iter(kept)).seed:
+            size = {t: (images_of(t.labels, train), t.epochs) for t in records if t.arm == arms[-1] and t.fifth is None}
+            # The one that is kept is of the most labels, of these the longest, of these the first of several seeds.
+            if training in size and all(size[training] > size[t] or (size[training], training.seed) == (size[t], t.seed)
+                                        for t in size):
                 save_torch(folder / "classifier.pt", plain_state_dict(network))
             results |= {"records": list(records.values()), "environment": environment(device)}
             write_json(folder / "results.json", results)
@@ -249,7 +251,6 @@ def fine_tune(setup: Setup, weights: dict[str, Tensor], subset: Tensor, seed: in
     c, train, device, network = setup.c, setup.train, setup.device, setup.network
     head = new_head(network.fc[1].in_features, len(train.classes), seed)
     network.load_state_dict(weights | {f"fc.{name}": value for name, value in head.state_dict().items()})
-    network.train()
     batch_size = min(c.BATCH_SIZE, len(subset))
     recorded = batch_size == c.BATCH_SIZE  # each other size would have to be recorded, too
     crop, forward = (setup.crop, setup.forward) if recorded else (crops, network)
@@ -305,8 +306,8 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
             setattr(c, constant, of_run if value == "run" else value)
         if run["INIT_SHA256"] != digest_of_file(c.INIT):
             raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
-        differ = [f"{constant} {as_text(value)} and {as_text(runs[0][constant])}" for constant, value in sorted(run.items())
-                  if constant not in MAY_DIFFER and value != runs[0].get(constant)]
+        differ = [f"{name} {as_text(value)} and {as_text(runs[0].get(name))}" for name, value in sorted(run.items())
+                  if name not in MAY_DIFFER and value != runs[0].get(name)]
         if differ:
             raise UserError(f"RUN {as_text(c.RUN)}: {config} and {configs[0]} differ in {', '.join(differ)}; runs that "
                             "are compared together differ in SEED alone")
@@ -331,7 +332,7 @@ def check_constants(c: SimpleNamespace, runs: int, train: Split) -> None:
     """Raise UserError for constants that contradict each other. Budgets that a class cannot pay are left out."""
     turns = {sum(seed % runs == i for seed in c.SEEDS) for i in range(runs)}
     if len(turns) > 1:
-        raise UserError(f"SEEDS {as_text(c.SEEDS)} do not take the runs {as_text(c.RUN)} equally often: of {runs} runs, "
+        raise UserError(f"SEEDS {as_text(c.SEEDS)} do not take the runs {as_text(c.RUN)} equally often: of {runs} runs "
                         f"seed s takes that of number s modulo {runs}, counted from 0")
     if c.BATCH_SIZE > len(train.labels):
         raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only "
@@ -424,12 +425,14 @@ def interval(setup: Setup, baseline: list[dict], with_byol: list[dict], protocol
 
 def caption(c: SimpleNamespace) -> str:
     """What the numbers are, for table and figures, in lines of at most 80 characters."""
-    spread = (f"mean ± std over seeds {', '.join(map(str, c.SEEDS))}: labelled subset, head, random weights"
-              if len(c.SEEDS) > 1 else f"seed {c.SEEDS[0]}")
     runs = ("no pretraining" if c.RUN == ("none",) else "one pretraining run" if len(c.RUN) == 1 else
             f"{len(c.RUN)} pretraining runs, in turn")
-    return (f"{as_text(c.RUN)}: {Path(c.DATASET).name} at {c.IMAGE_SIZE} px, {c.ENCODER} from {Path(c.INIT).name} weights"
-            f"\n{textwrap.fill(spread, 80)}\n{runs}; fine-tuned for {count(c.EPOCHS, 'epoch')}, the last one reported")
+    data, init = Path(c.DATASET).name, Path(c.INIT).name
+    lines = (f"{as_text(c.RUN)}: {data} at {c.IMAGE_SIZE} px, {c.ENCODER} from {init} weights",
+             f"mean ± std over seeds {', '.join(map(str, c.SEEDS))}: labelled subset, head, random weights"
+             if len(c.SEEDS) > 1 else f"seed {c.SEEDS[0]}",
+             f"{runs}; fine-tuned for {count(c.EPOCHS, 'epoch')}, the last one reported")
+    return "\n".join(textwrap.fill(line, 80) for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,8 +70,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each row, at least, after its warm-up [20]")
     args = parser.parse_args()
     device = select_device(args.device)
-    precision = select_precision("auto", device)
-    size, batch_size = args.image_size, args.batch_size
+    size, batch_size, precision = args.image_size, args.batch_size, select_precision("auto", device)
     files = image_files(args.images) if args.images else []
     if files:
         pixels, _ = cached_pixels(args.images, files, Path("data"), size)
@@ -92,14 +91,13 @@ def main() -> None:
 
     def measure(rows, rounds=4):
         """Fill `seconds` and `memory`; in turns, so that a machine that slows down slows all rows."""
-        counts = {}
+        counts, of = {}, {name: [] for name in rows}
         for name, row in rows.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             timed(row, 2 * os.cpu_count() + 1 if name == "common pipeline" else 3)  # start and empty what is in store
             counts[name] = max(1, round(args.seconds / rounds / timed(row, 3)))
             memory[name] = f"   {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-        of = {name: [] for name in rows}
         for _ in range(rounds):
             for name, row in rows.items():
                 of[name].append(timed(row, counts[name]))
@@ -114,8 +112,7 @@ def main() -> None:
     def measure_ours():
         placed, step = place(pixels, device), itertools.count()
         model, optimizer = build(torch.channels_last)
-        compiled = compiler(device, sys.maxsize)
-        network, draw = compiled(model), compiled(render_views)
+        network, draw = map(compiler(device, sys.maxsize), (model, render_views))
         order = batch_indices(0, "order", len(pixels), batch_size, 0, sys.maxsize)
 
         def views_of(images):
@@ -133,19 +130,18 @@ def main() -> None:
 
     def measure_host(order):
         """Each part's median, without waiting for what it leaves to the GPU."""
-        cpu, taken = torch.device("cpu"), {"draws": [], "gather": [], "copies": []}
+        moments = []
         for step in range(200):
-            start = time.perf_counter()
+            moments.append([time.perf_counter()])
             draws = torch.rand(2, batch_size, VIEW_DRAWS, generator=seeded_generator(0, "views", step))
-            drawn = time.perf_counter()
-            images = fetch(pixels, next(order), cpu)
-            gathered = time.perf_counter()
+            moments[-1].append(time.perf_counter())
+            images = fetch(pixels, next(order), torch.device("cpu"))
+            moments[-1].append(time.perf_counter())
             send(draws, device), send(images, device)
-            copied = time.perf_counter()
+            moments[-1].append(time.perf_counter())
             wait()
-            for part, duration in zip(taken, (drawn - start, gathered - drawn, copied - gathered)):
-                taken[part].append(1000 * duration)
-        host.update({part: statistics.median(durations) for part, durations in taken.items()})
+        for i, part in enumerate(("draws", "gather", "copies")):
+            host[part] = 1000 * statistics.median(of_step[i + 1] - of_step[i] for of_step in moments)
 
     def measure_common():
         model, optimizer = build(torch.contiguous_format)
@@ -173,8 +169,8 @@ def main() -> None:
           f"torch {torch.__version__}, {precision}{', compiled' * can_compile(device)}\n"
           f"ResNet18 at {size} px, batch {batch_size}, {len(pixels):,} {'images' if files else 'images of noise'}\n")
     for name in ("floor", "whole step", "augmentation", "common pipeline"):
-        share = seconds["floor"] / seconds[name]
-        print(f"{name:<15} {batch_size / seconds[name]:9.1f} images/s   {share:.2f}{memory[name]}")
+        speed, share = batch_size / seconds[name], seconds["floor"] / seconds[name]
+        print(f"{name:<15} {speed:9.1f} images/s   {share:.2f}{memory[name]}")
     print(f"host            {sum(host.values()):9.2f} ms a batch     "
           + ", ".join(f"{part} {duration:.2f}" for part, duration in host.items()))
     if device.type != "cuda":

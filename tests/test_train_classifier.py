@@ -324,6 +324,7 @@ def test_the_classifier_that_is_kept_is_that_of_the_most_labels_then_epochs(pret
         assert compare("--seeds", "0", "--epochs", *argv) == 0
         kept.append((pretrained / "classifier.pt").read_bytes())
     assert kept[:4] == kept[:1] * 4 and kept[4] != kept[0]
+    assert compare("--seeds", "1", "--epochs", "8") == 0 and (pretrained / "classifier.pt").read_bytes() != kept[4]
 
 
 # -------------------------------------------------------------------------------------------------- rates and fairness
