@@ -42,10 +42,8 @@ class BYOL(nn.Module):
         self.register_buffer("spread", torch.zeros(()), persistent=False)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
-        """Mean loss over the batch, summed over both orders of the views: a scalar from 0 to 8.
-
-        Each view passes through the networks by itself, so that BatchNorm never mixes the two.
-        """
+        """Mean loss over the batch, summed over both orders of the views: a scalar from 0 to 8. Each view passes
+        through the networks by itself, so that BatchNorm never mixes the two."""
         z1 = self.online_projector(self.online_encoder(view1))  # NxD
         z2 = self.online_projector(self.online_encoder(view2))
         p1, p2 = self.predictor(z1), self.predictor(z2)
@@ -69,11 +67,9 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, child: str = "", factor: float = 1) -> list[dict]:
-    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not.
-
-    The child module of that name learns `factor` times as fast as all else, its groups' `scale`. In BYOL it is the
-    predictor: one that is ahead keeps features from collapsing into few directions (the paper wants it near-optimal).
-    """
+    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not. The child
+    module of that name learns `factor` times as fast as all else, its groups' `scale`. In BYOL it is the predictor: one
+    that is ahead keeps features from collapsing into few directions (the paper wants it near-optimal)."""
     groups = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -111,19 +107,15 @@ def target_decay(step: int, total_steps: int, base: float) -> float:
 
 
 def embedding_spread(z: Tensor) -> Tensor:
-    """Standard deviation over the batch of the normalised embeddings [N,D], averaged over the D dimensions.
-
-    About 1/sqrt(D) when they fill the sphere and 0 when all are the same (collapse); Chen & He 2021, section 4.1.
-    """
+    """Standard deviation over the batch of the normalised embeddings [N,D], averaged over the D dimensions. About
+    1/sqrt(D) when they fill the sphere and 0 when all are the same (collapse); Chen & He 2021, section 4.1."""
     return F.normalize(z.detach().float(), dim=-1).std(dim=0).mean()
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """In how many directions features [N,D] vary, 1 to min(N - 1, D), whatever their scale.
-
-    Exp of the entropy of the principal axes' shares of variance: Roy & Vetterli 2007, who take shares of the singular
-    values. A collapse into few directions shows here. It need not show in the spread of the projections, because the
-    projector's BatchNorm widens whatever is left; a collapse to one point shows there.
-    """
+    """In how many directions features [N,D] vary, 1 to min(N - 1, D), whatever their scale. Exp of the entropy of the
+    principal axes' shares of variance: Roy & Vetterli 2007, who take shares of the singular values. A collapse into few
+    directions shows here. It need not show in the spread of the projections, because the projector's BatchNorm widens
+    whatever is left; a collapse to one point shows there."""
     variance = torch.linalg.svdvals(features - features.mean(dim=0)).square()
     return torch.special.entr(variance / variance.sum().clamp(min=1e-30)).sum().exp()

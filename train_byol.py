@@ -9,13 +9,13 @@ dict (encoder.pt), the curves, and a checkpoint; the same command again continue
 `torchrun --nproc-per-node=N -- train_byol.py ...` trains on N GPUs.
 """
 import contextlib
-import math
 import shlex
 import signal
 import sys
 import textwrap
 import time
 from functools import partial
+from math import inf, isfinite
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -82,12 +82,11 @@ KINDS = {
     "DATASET": path("stl10", "patterns"), "DATA_ROOT": path(), "IMAGE_SIZE": number(16, whole=True),
     "CROP_AREA": number(0.01, 1, "auto"), "BLUR_P": several(number(0, 1), exactly=2), "JITTER": number(0, 2, "auto"),
     "ENCODER": str, "INIT": path("imagenet", "random"), "BATCHNORM": choice("auto", "batch", "frozen"),
-    "HIDDEN_DIM": number(1, math.inf, "auto", whole=True), "PROJECTION_DIM": number(2, whole=True),
-    "EPOCHS": number(1, whole=True), "BATCH_SIZE": number(2, math.inf, "auto", whole=True),
-    "OPTIMIZER": choice("sgd", "adamw"), "LEARNING_RATE": number(0, math.inf, "auto"),
-    "PREDICTOR_RATE": number(0, math.inf, "auto"), "WEIGHT_DECAY": number(0, math.inf, "auto"),
-    "WARMUP_EPOCHS": number(0), "BASE_DECAY": number(0, 1, "auto"), "SEED": number(0, whole=True),
-    "RUN": str, "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32"),
+    "HIDDEN_DIM": number(1, inf, "auto", whole=True), "PROJECTION_DIM": number(2, whole=True),
+    "EPOCHS": number(1, whole=True), "BATCH_SIZE": number(2, inf, "auto", whole=True), "SEED": number(0, whole=True),
+    "OPTIMIZER": choice("sgd", "adamw"), "LEARNING_RATE": number(0, inf, "auto"), "WARMUP_EPOCHS": number(0),
+    "PREDICTOR_RATE": number(0, inf, "auto"), "WEIGHT_DECAY": number(0, inf, "auto"), "RUN": str, "DEVICE": str,
+    "BASE_DECAY": number(0, 1, "auto"), "PRECISION": choice("auto", "bf16", "fp32"),
     "LOG_EVERY": number(1, whole=True), "CHECKPOINT_MINUTES": number(0)}
 DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2,
             BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4,
@@ -106,9 +105,8 @@ def pretrain(c: SimpleNamespace) -> None:
     with only_writer(folder) if rank == 0 else contextlib.nullcontext():
         state = None if c.overwrite else read_state(folder, c)
         if (folder / "encoder.pt").exists() and not c.overwrite:
-            say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it, and --init "
-                f"{folder / 'encoder.pt'} goes on from its encoder")
-            return
+            return say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it, and --init "
+                       f"{folder / 'encoder.pt'} goes on from its encoder")
         c.PRECISION = select_precision(c.PRECISION, device)
         threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
         images, train_split = load_images(c, device, state)
@@ -131,8 +129,7 @@ def pretrain(c: SimpleNamespace) -> None:
                         precision=c.PRECISION) if train_split else None
         if score and state["step"] == 0:  # what BYOL has to rise above
             state["before"] = score(model.online_encoder)
-            state["rows"] = [{"step": 0, "epoch": 0} | scores_of(state["before"])]
-            say(f"{line_of(state['rows'][0])}  before the first step")
+            log(c, state, {"step": 0, "epoch": 0} | scores_of(state["before"]), ending="before the first step")
         train(c, folder, state, images, model, optimizer, score)
         if rank == 0:
             save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))  # the sign of a finished run
@@ -175,12 +172,8 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
                 if epoch_ends and score:
                     state["after"] = score(model.online_encoder)
                     row |= scores_of(state["after"])
-                state["losses"] = []
-                state["rows"].append(row)
-                if epoch_ends or bar.disable and line_due():
-                    minutes = (total_steps - step) * c.BATCH_SIZE / speed / 60
-                    say(f"epoch {row['epoch']:.2f} of {c.EPOCHS}  {line_of(row)}  {minutes:.0f} min left")
-                warn_of_collapse(c, state["rows"])
+                minutes = (total_steps - step) * c.BATCH_SIZE / speed / 60
+                log(c, state, row, epoch_ends or bar.disable and line_due(), f"{minutes:.0f} min left" * (minutes > 0))
                 if rank == 0 and figure_due():
                     write_rows(folder, state["rows"], c)
                 first_step, start = step, time.monotonic()
@@ -215,8 +208,7 @@ def resolve(c: SimpleNamespace) -> None:
     if c.OPTIMIZER == "adamw" and "auto" in (c.LEARNING_RATE, c.WEIGHT_DECAY):
         raise UserError("OPTIMIZER is adamw, but auto is for sgd: give LEARNING_RATE and WEIGHT_DECAY, too")
     column = 2 if c.INIT != "random" else int(c.IMAGE_SIZE >= 64)
-    for name in RECIPE:
-        setattr(c, name, RECIPE[name][column] if getattr(c, name) == "auto" else getattr(c, name))
+    vars(c).update({name: values[column] for name, values in RECIPE.items() if getattr(c, name) == "auto"})
     if c.BATCHNORM == "frozen" and c.INIT == "random":
         raise UserError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto (--batchnorm)")
     c.INIT_SHA256 = digest_of_file(c.INIT)  # the comparison starts from the same weights
@@ -231,10 +223,10 @@ def read_state(folder: Path, c: SimpleNamespace) -> dict | None:
         begun = state or (read_json(config, "constants") if config.exists() else {"constants": {}})
         constants = begun["constants"]
     except UNREADABLE as error:
-        raise UserError(f"{file} cannot be read ({one_line(error)[:80]}): --overwrite starts anew") from error
+        raise UserError(f"{file} cannot be read ({one_line(error)[:80]}): --overwrite starts anew") from None
     if begun.get("version", VERSION) != VERSION:
-        raise UserError(f"{folder} was begun by an earlier version of this code, and cannot be continued by this one: "
-                        "finish it with that version, choose another RUN, or use --overwrite to start anew")
+        raise UserError(f"{folder} was begun by an earlier version of this code: finish it with that one, choose "
+                        "another RUN, or use --overwrite to start anew")
     if c.PRECISION == "auto":
         c.PRECISION = constants.get("PRECISION", "auto")
     refuse_changes(constants, c, file if state else config, FREE)
@@ -250,17 +242,17 @@ def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) ->
     if c.BATCH_SIZE > images:
         raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {count(images, 'image')}: lower it")
     if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
-        raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not give each of the {world} processes the same number of "
-                        "images, at least 2")
+        raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not give all {world} processes as many images, at least 2")
     if state and state["images"] != images:
         raise UserError(f"DATASET {c.DATASET!r} has {count(images, 'image')}, and {state['images']:,} when the run was "
                         "begun: bring them back, choose another RUN, or use --overwrite to start anew")
     if state and state["world_size"] != world:
         say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
     pixels = place(unlabeled.pixels, device)
-    if train_split is unlabeled:
-        return pixels, train_split._replace(pixels=pixels)
-    return pixels, train_split and train_split._replace(pixels=place(train_split.pixels, device))
+    if train_split:
+        both = train_split is unlabeled
+        train_split = train_split._replace(pixels=pixels if both else place(train_split.pixels, device))
+    return pixels, train_split
 
 
 def build_model(c: SimpleNamespace) -> BYOL:
@@ -277,9 +269,9 @@ def begin_folder(c: SimpleNamespace, folder: Path, images: Tensor, device: torch
             file.unlink()
     write_json(folder / "config.json", {"version": VERSION, "constants": constants_of(c),
                                         "environment": environment(device) | {"precision": c.PRECISION}})
-    sample = images[:12].to(device)
-    plot_views(folder / "views.png", sample, *two_views(sample, c.IMAGE_SIZE, seeded_generator(c.SEED, "figure"),
-                                                        c.CROP_AREA, c.BLUR_P, c.JITTER))
+    sample, generator = images[:12].to(device), seeded_generator(c.SEED, "figure")
+    views = two_views(sample, c.IMAGE_SIZE, generator, c.CROP_AREA, c.BLUR_P, c.JITTER)
+    plot_views(folder / "views.png", sample, *views)
 
 
 def read_losses(state: dict, losses: list[Tensor], model: BYOL | None = None) -> None:
@@ -289,7 +281,7 @@ def read_losses(state: dict, losses: list[Tensor], model: BYOL | None = None) ->
     losses.clear()
     first = state["step"] - len(state["losses"]) + 1
     sick = [f"the loss is no longer finite at step {step}" for step, loss in enumerate(state["losses"], first)
-            if not math.isfinite(loss)]
+            if not isfinite(loss)]
     if model and not all(p.isfinite().all() for p in model.parameters()):
         sick.append(f"weights are no longer finite after step {state['step']}")
     if sick:
@@ -312,16 +304,17 @@ def write_rows(folder: Path, rows: list[dict[str, float]], c: SimpleNamespace) -
     plot_curves(folder / "curves.png", rows, c)
 
 
-def line_of(row: dict[str, float]) -> str:
-    return "  ".join(form.format(row[name]) for name, form in COLUMNS.items() if form and name in row)
-
-
-def warn_of_collapse(c: SimpleNamespace, rows: list[dict]) -> None:
-    """A warning where the last row is the first whose embeddings have nearly collapsed."""
-    healthy = c.PROJECTION_DIM ** -0.5
-    if rows[-1]["spread"] < 0.1 * healthy <= min((row["spread"] for row in rows[:-1] if "spread" in row), default=1):
-        say(f"warning: the embeddings collapse: their spread is {rows[-1]['spread']:.4f}, healthy is {healthy:.3f}: "
-            "lower LEARNING_RATE or raise BASE_DECAY")
+def log(c: SimpleNamespace, state: dict, row: dict[str, float], aloud: bool = True, ending: str = "") -> None:
+    """Keep a row, print it where `aloud`, and warn where it is the first whose embeddings have nearly collapsed."""
+    healthy, before = c.PROJECTION_DIM ** -0.5, [row["spread"] for row in state["rows"] if "spread" in row]
+    if row.get("spread", healthy) < 0.1 * healthy <= min(before, default=healthy):
+        say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f}, healthy is {healthy:.3f}: lower "
+            "LEARNING_RATE or raise BASE_DECAY")
+    state["rows"].append(row)
+    state["losses"] = []
+    if aloud:
+        texts = [form.format(row[name]) for name, form in COLUMNS.items() if form and name in row]
+        say("  ".join([f"epoch {row['epoch']:.2f} of {c.EPOCHS}", *texts, ending]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,5 @@
-"""BYOL's two views of an image: pure functions of pixels and of uniform numbers, for a whole batch at once.
-
-Every image of a batch draws its own parameters. Probabilities and strengths follow the paper's appendix B (Grill et al.
-2020, arXiv:2006.07733), the operations on pixels follow torchvision.
+"""BYOL's two views of an image: pure functions of pixels and of uniform numbers, for a whole batch at once. Every image
+draws its own parameters. Probabilities and strengths follow the paper's appendix B, the operations torchvision.
 """
 from typing import Callable, NamedTuple
 

@@ -7,9 +7,8 @@ Prints images/s and the share of the floor, measured in turns by one process:
     common pipeline   torchvision's transforms image by image in DataLoader workers, fp32, contiguous memory
     host              milliseconds a batch that Python needs before a GPU can begin: the views' draws, gathering the
                       images where they stay on the host, and handing both over (0 without a GPU)
-Peak memory: of each row on CUDA, where the first one records, and of the process on a CPU (data and loader workers
-apart). ResNet18 from random weights with the paper's heads. Images are noise, or those of --images FOLDER, which the
-common pipeline decodes as it goes.
+Peak memory: of each row on CUDA, where the first one records, and of the process on a CPU. ResNet18 from random weights
+with the paper's heads. Images are noise, or those of --images FOLDER, which the common pipeline decodes as it goes.
 """
 import argparse
 import gc

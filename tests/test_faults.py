@@ -233,7 +233,8 @@ def test_a_finished_run_stays_finished_without_its_checkpoint(begun, capsys):
 
 
 @pytest.mark.parametrize("flags, sick, message", [
-    ([], "loss", "the loss is no longer finite at step 4"), ([], "weights", "weights are no longer finite after step 4"),
+    ([], "loss", "the loss is no longer finite at step 4"),
+    ([], "weights", "weights are no longer finite after step 4"),
     (["--overwrite"], "weights", "weights are no longer finite after step 1")])
 def test_what_is_not_finite_ends_the_run_and_is_never_saved(begun, monkeypatch, capsys, flags, sick, message):
     """At an epoch's end, and where a checkpoint is due."""

@@ -7,7 +7,7 @@ from test_train_byol import REPOSITORY, TINY
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path):
-    write_folder(tmp_path / "images", per_class=5, unlabeled=40)
+    write_folder(tmp_path / "images", per_class=5, unlabeled=200)
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
@@ -17,6 +17,6 @@ from conftest import small_encoder
 train_byol.build_encoder = small_encoder
 sys.exit(train_byol.main(sys.argv[1:]))
 """)
-    command = [sys.executable, str(script), "--dataset", "images", *TINY, "--epochs", "60", "--checkpoint-minutes", "0.002"]
-    counts = kill_often(command, tmp_path, moments=["training", "writing"], seconds=0.3)
+    flags = ["--dataset", "images", *TINY, "--epochs", "12", "--checkpoint-minutes", "0.002"]
+    counts = kill_often([sys.executable, str(script), *flags], tmp_path, moments=["training", "writing"], seconds=0.3)
     assert counts["killed"] == counts["continued"] == 2 and counts["runs"] == 1, counts
