@@ -50,7 +50,7 @@ def plot_curves(path: Path, rows: Sequence[dict[str, float]], c: SimpleNamespace
     panels = [("loss (0 to 8)", {"loss": ""}), ("spread of the embeddings", {"spread": ""}),
               ("effective rank of the features", {"rank": ""}),
               ("held-out accuracy (%)", {"probe": "linear probe", "knn": "kNN"})]
-    panels = [panel for panel in panels if not all(np.isnan(column[name]).all() for name in panel[1])]
+    panels = [panel for panel in panels if not all(np.isnan(column[name]).all() for name in panel[1])] or panels[:1]
     figure = Figure(figsize=(3.2 * len(panels), 2.9), layout="constrained")
     for axis, (ylabel, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         for (name, label), color in zip(lines.items(), (BLUE, ORANGE)):

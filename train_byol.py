@@ -105,8 +105,8 @@ def pretrain(c: SimpleNamespace) -> None:
     with only_writer(folder) if rank == 0 else contextlib.nullcontext():
         state = None if c.overwrite else read_state(folder, c)
         if (folder / "encoder.pt").exists() and not c.overwrite:
-            return say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it, and --init "
-                       f"{folder / 'encoder.pt'} goes on from its encoder")
+            return say(f"{folder} is finished; --overwrite starts anew, another --run starts beside it, with --init "
+                       f"{folder / 'encoder.pt'} from its encoder")
         c.PRECISION = select_precision(c.PRECISION, device)
         threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
         images, train_split = load_images(c, device, state)
@@ -211,6 +211,8 @@ def resolve(c: SimpleNamespace) -> None:
     vars(c).update({name: values[column] for name, values in RECIPE.items() if getattr(c, name) == "auto"})
     if c.BATCHNORM == "frozen" and c.INIT == "random":
         raise UserError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto (--batchnorm)")
+    if c.RUN == "none" or Path(c.INIT).parent == run_folder(c.RUN).resolve():
+        raise UserError(f"RUN {c.RUN} cannot be: none is no run to the comparison, and INIT must not lie in its folder")
     c.INIT_SHA256 = digest_of_file(c.INIT)  # the comparison starts from the same weights
 
 
@@ -234,8 +236,7 @@ def read_state(folder: Path, c: SimpleNamespace) -> dict | None:
 
 
 def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) -> tuple[Tensor, Split | None]:
-    """Images to pretrain on, and the labelled training split to watch them by, if there is one. Raises UserError where
-    there are too few, or others than the run has begun with."""
+    """Images to pretrain on, and train/ where there is one. Raises UserError for too few, or others than before."""
     with rank_0_first():
         unlabeled, train_split = load_for_pretraining(c.DATASET, c.DATA_ROOT, c.IMAGE_SIZE)
     images, world = len(unlabeled.pixels), rank_and_world()[1]
@@ -262,9 +263,9 @@ def build_model(c: SimpleNamespace) -> BYOL:
 
 
 def begin_folder(c: SimpleNamespace, folder: Path, images: Tensor, device: torch.device) -> None:
-    """Write config.json and views.png. Nothing else of an earlier run stays with --overwrite: it goes only here, when
-    everything that could be wrong has been looked at, and encoder.pt first."""
-    for file in sorted(folder.iterdir(), key=lambda file: file.name != "encoder.pt") if c.overwrite else ():
+    """Write config.json and views.png. With --overwrite nothing else of an earlier run stays. It goes only here, when
+    everything that could be wrong has been looked at, and its encoder and checkpoint first."""
+    for file in sorted(folder.iterdir(), key=lambda file: file.suffix != ".pt") if c.overwrite else ():
         if file.name != LOCK and file.is_file():
             file.unlink()
     write_json(folder / "config.json", {"version": VERSION, "constants": constants_of(c),
@@ -275,8 +276,7 @@ def begin_folder(c: SimpleNamespace, folder: Path, images: Tensor, device: torch
 
 
 def read_losses(state: dict, losses: list[Tensor], model: BYOL | None = None) -> None:
-    """Bring the losses to the host, which waits for the device here and nowhere else. Raises UserError where one of
-    them, or a weight of the model, is no longer finite."""
+    """Bring the losses to the host, which waits for the device here alone. Raises UserError for what is not finite."""
     state["losses"] += torch.stack(losses).tolist() if losses else []
     losses.clear()
     first = state["step"] - len(state["losses"]) + 1
@@ -285,8 +285,8 @@ def read_losses(state: dict, losses: list[Tensor], model: BYOL | None = None) ->
     if model and not all(p.isfinite().all() for p in model.parameters()):
         sick.append(f"weights are no longer finite after step {state['step']}")
     if sick:
-        raise UserError(f"{sick[0]}: lower LEARNING_RATE, lengthen WARMUP_EPOCHS or set PRECISION to fp32; the last "
-                        "checkpoint is kept")
+        raise UserError(f"{sick[0]}: begin a RUN with a lower LEARNING_RATE, longer WARMUP_EPOCHS or PRECISION fp32; "
+                        "the last checkpoint is kept")
 
 
 def save(folder: Path, state: dict, losses: list[Tensor], model: BYOL, optimizer: torch.optim.Optimizer) -> None:
@@ -305,7 +305,7 @@ def write_rows(folder: Path, rows: list[dict[str, float]], c: SimpleNamespace) -
 
 
 def log(c: SimpleNamespace, state: dict, row: dict[str, float], aloud: bool = True, ending: str = "") -> None:
-    """Keep a row, print it where `aloud`, and warn where it is the first whose embeddings have nearly collapsed."""
+    """Keep a row of the losses so far, print it where `aloud`, and warn where it is the first that shows a collapse."""
     healthy, before = c.PROJECTION_DIM ** -0.5, [row["spread"] for row in state["rows"] if "spread" in row]
     if row.get("spread", healthy) < 0.1 * healthy <= min(before, default=healthy):
         say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f}, healthy is {healthy:.3f}: lower "

@@ -139,7 +139,7 @@ def compare(c: SimpleNamespace) -> None:
 
 def plan(c: SimpleNamespace, records: dict[Training, dict], arms: list[str], train: Split) -> list[Training]:
     """All trainings: those that judge the rates, then those of the table, by the best rate of each arm and budget. The
-    rates are judged with one seed for all arms, also for those that are added later."""
+    rates are judged with one seed for all arms, also rates and budgets that are added later."""
     seed = next((known.seed for known in records if known.fifth is not None), c.SEEDS[0])
     rates = c.LEARNING_RATE if len(c.LEARNING_RATE) > 1 else ()
     trials = [Training(seed, arm, labels, c.EPOCHS, rate, fifth)
@@ -174,7 +174,7 @@ def build_setup(c: SimpleNamespace, train: Split, test: Split, device: torch.dev
 
 
 def progress_over(steps: int) -> Callable[[str], None]:
-    """What is called with a title after each step: a bar on a terminal, elsewhere a line each half minute."""
+    """Returns what to call, with a title, after each step: a bar on a terminal, elsewhere a line each half minute."""
     bar, line_due, start, done = progress(total=steps, unit="step"), timer(30), time.monotonic(), 0
 
     def advance(title: str) -> None:
@@ -299,12 +299,12 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
         runs.append(run := read_json(config, "constants")["constants"])
         for constant in OF_THE_RUN:
             value, of_run = getattr(c, constant), KINDS[constant](run[constant])
-            same_file = constant == "INIT" and run["INIT_SHA256"] and digest_of_file(value) == run["INIT_SHA256"]
+            same_file = constant == "INIT" and digest_of_file(value) == run.get("INIT_SHA256") != ""
             if value not in ("run", of_run) and not same_file:
                 raise UserError(f"{constant} {value} contradicts {config}, which says {of_run}: set it to run, or "
                                 f"pretrain a run with it ({flag(constant)})")
             setattr(c, constant, of_run if value == "run" else value)
-        if run["INIT_SHA256"] != digest_of_file(c.INIT):
+        if run.get("INIT_SHA256", now := digest_of_file(c.INIT)) != now:
             raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
         differ = [f"{name} {as_text(value)} and {as_text(runs[0].get(name))}" for name, value in sorted(run.items())
                   if name not in MAY_DIFFER and value != runs[0].get(name)]

@@ -49,7 +49,8 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
     """Call work(constants) and return the exit status. script: the script's globals(). What a user can mend ends in one
     line on stderr; a bug of ours keeps its traceback."""
     with contextlib.suppress(AttributeError):  # of a stand-in for stdout
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
+        # A log file shows each line as it comes, and a terminal any name that a file may have.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
     again = " without --overwrite" * ("--overwrite" in (sys.argv if argv is None else argv))
     try:
@@ -70,7 +71,7 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
         message = str(error)
     except OSError as error:
         message = (f"cannot read or write {error.filename or 'a file'} ({error.strerror or one_line(error)}): make "
-                   "space, or give yourself the right; what was saved before is whole")
+                   "space, or check its permissions; what was saved before is whole")
     except torch.OutOfMemoryError as error:
         message = f"the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE"
     print(f"error: {message}", file=sys.stderr)
@@ -169,7 +170,7 @@ def path(*words: str) -> Callable[[str], str]:
 
 
 def several(kind: Callable, exactly: int | None = None) -> Callable[[str], tuple]:
-    """A tuple of values with commas between them, so many or at least one. Those of any number all differ."""
+    """A tuple of values with commas between them: exactly that many, or one and more that all differ."""
     def read(text: str) -> tuple:
         values = tuple(kind(part.strip()) for part in text.split(","))
         if len(values) != (exactly or len(set(values))):
@@ -229,7 +230,8 @@ def refuse_changes(before: dict, c: SimpleNamespace, source: Path, free: set[str
     changed = [f"{name} {as_text(value)} -> {as_text(now.get(name))}" for name, value in before.items()
                if value != now.get(name) and name not in free]
     if changed:
-        why = " (the schedules span all EPOCHS: a longer run is another run)" * any("EPOCHS" in x for x in changed)
+        longer = any(text.startswith("EPOCHS ") for text in changed)
+        why = " (the schedules span all EPOCHS: a longer run is another run)" * longer
         raise UserError(f"{source} has other constants: {', '.join(changed)}; set them back, choose another RUN, or "
                         f"use --overwrite to start anew{why}")
 
@@ -248,17 +250,16 @@ def seeded_init(seed: int, *purpose: str | int) -> Iterator[None]:
         yield
 
 
-def select_device(name: str) -> torch.device:
+def select_device(wanted: str) -> torch.device:
     """`auto` is cuda, then mps, then cpu; under torchrun each process takes the GPU of its local rank."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(found if wanted == "auto" else wanted)
         if device.type == "cuda" and device.index is None:  # set_device wants a number
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"DEVICE {name!r} cannot be used here ({one_line(error)[:80]}): set it to auto or cpu")
+        raise UserError(f"DEVICE {wanted!r} cannot be used here ({one_line(error)[:80]}): set it to auto or cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where fp32 remains
@@ -333,7 +334,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiler(device: torch.device, steps: int) -> Callable:
-    """What is done to a function that is called in each of so many steps: torch.compile where that works and pays.
+    """What to do to a function that is called in each of so many steps: torch.compile where that works and pays.
     Recorded as CUDA graphs, too: a step's hundreds of kernels take longer to launch than to run."""
     if steps < MIN_STEPS_TO_COMPILE or not can_compile(device):
         return lambda function: function
@@ -386,7 +387,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def any_process(here: bool, device: torch.device) -> bool:
-    """Whether it is so in any of the processes, which all have to ask."""
+    """Whether `here` is true in any of the processes, which all have to ask."""
     if not dist.is_initialized():
         return here
     anywhere = torch.tensor(int(here), device=device)
@@ -419,7 +420,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             if os.listdir(folder) == [LOCK]:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ GPU have no place in a step. A GPU that is really there is left alone.
 """
 import contextlib
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,6 @@ from views import CROP_DRAWS, VIEW_DRAWS
 
 aten = torch.ops.aten
 CUDA, DTYPES = torch.device("cuda:0"), {"bf16": torch.bfloat16, "fp32": torch.float32}
-CASES = [("small", *case) for case in product(["GPU", "host"], ["bf16", "fp32"], ["sgd", "adamw"])]
 
 
 class Host(TorchDispatchMode):
@@ -133,7 +131,9 @@ def sent_for(where, n, *rest):
     return [(n,) if where == "GPU" else (n, 3, 24, 24), *rest]
 
 
-@pytest.mark.parametrize("network, where, precision, optimizer", [("resnet18", "columns", "bf16", "sgd"), *CASES])
+@pytest.mark.parametrize("network, where, precision, optimizer", [
+    ("small", "GPU", "bf16", "sgd"), ("small", "GPU", "fp32", "adamw"), ("small", "host", "bf16", "adamw"),
+    ("small", "host", "fp32", "sgd"), ("resnet18", "columns", "bf16", "sgd")])
 def test_pretraining_never_waits_for_the_gpu_but_for_a_row(cuda, monkeypatch, network, where, precision, optimizer):
     """The script's own loop, an epoch of two steps. Losses are counted where they would be read, and images are not
     gathered ahead: torch's modes do not hold in another thread."""

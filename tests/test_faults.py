@@ -85,7 +85,8 @@ def refused(capsys, script, argv, *needles):
     ("--epoch 3", "unknown flag --epoch: did you mean --epochs"), ("--precision fp8", "PRECISION is fp8"),
     ("--optimizer lars", "OPTIMIZER is lars: it must be sgd or adamw"), ("--device tpu", "DEVICE 'tpu' cannot be used"),
     (f"--device cuda:{torch.cuda.device_count()}", "DEVICE 'cuda:"), ("--encoder vgg11", "ENCODER 'vgg11' is unknown"),
-    ("--run ../../etc", "RUN '../../etc' is no run name")])
+    ("--run ../../etc", "RUN '../../etc' is no run name"), ("--run none", "RUN none cannot be"),
+    ("--init runs/tiny/encoder.pt --run tiny", "INIT must not lie in its folder")])
 def test_constants_that_cannot_be(begun, capsys, monkeypatch, run, argv, message):
     monkeypatch.setattr(train_byol, "build_encoder", encoders.build_encoder)
     refused(capsys, train_byol, [*ANEW, "--run", run, *argv.split()], message)
@@ -246,7 +247,7 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(begun, monkeypatch, 
         return torch.tensor(float("nan") if sick == "loss" else 1.0)
 
     monkeypatch.setattr(train_byol, "train_step", ails)
-    assert train_byol.main([*PARTS, *flags]) == 1 and f"{message}: lower LEARNING_RATE" in capsys.readouterr().err
+    assert train_byol.main([*PARTS, *flags]) == 1 and f"{message}: begin a RUN with a lower" in capsys.readouterr().err
     assert (file.exists() and file.read_bytes()) == before and not Path("runs/parts/encoder.pt").exists()
 
 
@@ -306,10 +307,11 @@ train_byol.build_encoder = small_encoder
 
 
 def test_a_second_writer_is_refused_while_the_first_lives(begun, capsys, monkeypatch):
-    holder = subprocess_of("""
-with utils.only_writer(utils.run_folder("parts")):
-    print("held", flush=True)
-    sys.stdin.read()""", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", """
+import fcntl, sys
+fcntl.flock(lock := open("runs/parts/.lock", "w"), fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     refused(capsys, train_byol, PARTS, "runs/parts is being written by another process")
     holder.kill()
@@ -354,11 +356,11 @@ def test_a_reader_who_leaves_ends_the_run_without_a_traceback(tmp_path):
     assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
 
 
-def test_a_reader_who_leaves_with_the_run_meets_no_traceback():
-    """Ctrl-C in `python train_byol.py | tee log` ends tee, too."""
+def test_a_reader_who_leaves_with_the_run_meets_no_traceback(monkeypatch):
+    """Ctrl-C in `python train_byol.py | tee log` ends tee, too. What Python then flushes has to go somewhere."""
     readers_end, writers_end = os.pipe()
     os.close(readers_end)
-    code = "sys.exit(utils.run_script(lambda c: os.kill(os.getpid(), signal.SIGINT), vars(train_byol), []))"
-    process = subprocess_of(code, stdout=writers_end)
-    os.close(writers_end)
-    assert (process.wait(), process.stderr.read()) == (128 + signal.SIGPIPE, "")
+    with open(writers_end, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        status = utils.run_script(lambda c: os.kill(os.getpid(), signal.SIGINT), vars(train_byol), [])
+    assert status == 128 + signal.SIGPIPE

@@ -117,18 +117,19 @@ def test_runs_are_decided_by_the_seed(tiny):
 @pytest.mark.parametrize("flags", [
     "--precision fp32", "--precision bf16", "--learning-rate auto --predictor-rate auto --weight-decay auto",
     "--optimizer adamw --learning-rate 1e-3 --predictor-rate 10 --weight-decay 1e-2"])
-@pytest.mark.parametrize("stop_after, signum", [(1, signal.SIGTERM), (2, signal.SIGHUP), (3, signal.SIGINT)])
-def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stop_after, signum, flags):
+def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, flags):
     """A signal in any step: a checkpoint, its exit status; the same command ends where an uninterrupted run does."""
     tiny(*(argv := [*flags.split(), "--log-every", "3"]), run="whole")
-    steps = signal_at(monkeypatch, stop_after, signum)
-    assert tiny(*argv, run="parts") == 128 + signum
-    assert f"stopped after step {stop_after} of 4: the same command continues from there" in capsys.readouterr().out
-    assert not Path("runs/parts/encoder.pt").exists()
-    assert tiny(*argv, run="parts") == 0
-    assert f", from step {stop_after}\n" in capsys.readouterr().out and len(steps) == 4
-    assert same(weights("whole"), weights("parts")) and same(checkpoint("whole")["model"], checkpoint("parts")["model"])
-    assert without_timings("whole") == without_timings("parts")
+    for stop_after, signum in ((1, signal.SIGTERM), (2, signal.SIGHUP), (3, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            steps = signal_at(patch, stop_after, signum)
+            assert tiny(*argv, run=str(signum)) == 128 + signum and not Path(f"runs/{signum}/encoder.pt").exists()
+            out = capsys.readouterr().out
+            assert f"stopped after step {stop_after} of 4: the same command continues from there" in out
+            assert tiny(*argv, run=str(signum)) == 0
+        assert f", from step {stop_after}\n" in capsys.readouterr().out and len(steps) == 4
+        assert same(weights("whole"), weights(signum)) and without_timings("whole") == without_timings(signum)
+        assert same(checkpoint("whole")["model"], checkpoint(signum)["model"])
 
 
 def test_a_hangup_that_nohup_ignores_stops_nothing(tiny, monkeypatch):
@@ -143,7 +144,7 @@ def test_a_finished_run_says_so_and_how_to_go_on_from_its_encoder(tiny, capsys):
     before = {p: p.read_bytes() for p in Path("runs/tiny").iterdir()}
     assert tiny() == 0
     out = capsys.readouterr().out
-    assert "runs/tiny is finished" in out and "--init runs/tiny/encoder.pt goes on from its encoder" in out
+    assert "runs/tiny is finished" in out and "with --init runs/tiny/encoder.pt from its encoder" in out
     assert {p: p.read_bytes() for p in Path("runs/tiny").iterdir()} == before
     assert tiny("--init", "runs/tiny/encoder.pt", "--learning-rate", "0", run="further") == 0
     assert torch.equal(weights("further")["conv.weight"], weights("tiny")["conv.weight"])
@@ -309,72 +310,54 @@ def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monk
     assert [row["knn"] + "," + row["probe"] for row in rows("tiny")] == ["10.0,90.0", "50.0,50.0", "90.0,10.0"]
 
 
-def torchrun(folder, code):
-    """Pretrain the small encoder in two processes, after `code`, on a CPU beside which a GPU seems to be: that changes
-    nothing where it is not asked for."""
-    (folder / "script.py").write_text(f"""
-import os, signal, sys
+def test_two_processes_share_a_batch_step_as_one_stop_together_and_continue(tmp_path, small, monkeypatch, capsys):
+    """Their gradient is that of one process on both halves, as long as BatchNorm is frozen, which on a CPU sees its own
+    half alone. One of them is asked to stop, twice, as torchrun does it. A GPU beside the CPU changes nothing."""
+    write_folder(tmp_path / "images", per_class=5, unlabeled=20)
+    argv = ["--dataset", "images", *TINY, "--run", "two"]
+    Path("script.py").write_text(f"""
+import copy, os, signal, sys
 sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
 import torch, torch.distributed as dist, data, train_byol
 from conftest import small_encoder
-train_byol.build_encoder, step, fetch, taken = small_encoder, train_byol.train_step, data.fetch, []
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+step, fetch, steps, orders = train_byol.train_step, data.fetch, [], data.batch_indices(0, "order", 20, 8, 0, 4)
 def of_both(x):
     dist.all_gather(shares := [torch.empty_like(x) for _ in range(2)], x.contiguous())
     return shares
-{code}
-sys.exit(train_byol.main(sys.argv[1:]))
-""")
-    alone = ["--standalone", "--local-addr=localhost"]  # a port that is free, under a name that resolves everywhere
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *alone, "--log-dir=x",
-                           "--", "script.py", "--dataset", "images", *TINY, "--run", "two"], cwd=folder,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
-
-def test_two_processes_share_each_batch_and_their_gradient_is_that_of_one(tmp_path):
-    """On the same views, with frozen BatchNorm: else it sees only its own process's images on a CPU."""
-    write_folder(tmp_path / "images", unlabeled=20)
-    done = torchrun(tmp_path, """
-import copy
-orders = data.batch_indices(0, "order", 20, 8, 0, 4)
 def recorded(pixels, index, device):
     assert torch.equal(torch.cat(of_both(index)).sort().values, next(orders).sort().values)
     return fetch(pixels, index, device)
 def compared(network, model, optimizer, views, *rest):
+    assert not network.broadcast_buffers, "130 of them, a step, that nobody needs"
+    steps.append(1)
+    if dist.get_rank() == len(steps) == 1:
+        os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)
     for module in model.modules():
         if "BatchNorm" in type(module).__name__:
-            module.eval()
+            module.train(len(steps) > 2)
     alone = copy.deepcopy(model)
     alone.zero_grad()
     alone(*(torch.cat(of_both(view)) for view in views)).backward()
     loss = step(network, model, optimizer, views, *rest)
     for p, q in zip(model.parameters(), alone.parameters()):
-        assert not p.requires_grad or (p.grad - q.grad).abs().max() < 1e-5 * q.grad.abs().max()
-    print("compared", flush=True)
+        assert not p.requires_grad or len(steps) > 2 or (p.grad - q.grad).abs().max() < 1e-5 * q.grad.abs().max()
+    assert torch.equal(*of_both(torch.cat([p.detach().flatten() for p in model.parameters()]))), "equal bit for bit"
     return loss
-train_byol.train_step, data.fetch = compared, recorded
+train_byol.build_encoder, train_byol.train_step, data.fetch = small_encoder, compared, recorded
+assert train_byol.main({argv}) == 143 and len(steps) == 2
+dist.barrier()
+assert train_byol.main({argv}) == 0 and len(steps) == 4
 """)
-    assert done.returncode == 0 and done.stdout.count("compared") == 2 * 4, done.stderr
-
-
-def test_two_processes_stay_equal_stop_after_the_same_step_and_continue_as_one(tmp_path, small, monkeypatch, capsys):
-    """Where one of them is asked to, twice, as torchrun does it."""
-    write_folder(tmp_path / "images", per_class=5, unlabeled=20)
-    done = torchrun(tmp_path, """
-def signalled(network, model, *rest):
-    assert not network.broadcast_buffers, "130 of them, a step, that nobody needs"
-    if dist.get_rank() == 1 and not taken:
-        taken.append(1)
-        os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)
-    loss = step(network, model, *rest)
-    assert torch.equal(*of_both(torch.cat([p.detach().flatten() for p in model.parameters()])))
-    return loss
-train_byol.train_step = signalled
-""")
-    assert done.returncode != 0 and "stopped after step 2 of 4" in done.stdout, done.stderr
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"] and checkpoint("two")["step"] == 2
+    alone = ["--standalone", "--local-addr=localhost"]  # a port that is free, under a name that resolves everywhere
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *alone, "script.py"],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "stopped after step 2 of 4" in done.stdout, done.stderr
+    assert done.stdout.count(", from step 2") == done.stdout.count("epoch 2.00 of 2") == 1
     assert json.loads(Path("runs/two/config.json").read_text())["environment"]["world_size"] == 2
+    Path("runs/two/encoder.pt").unlink()
     threads = []
     monkeypatch.setattr(train_byol, "choose_threads", lambda device, begun_with: threads.append(begun_with) or "")
-    assert train_byol.main(["--dataset", "images", *TINY, "--run", "two"]) == 0 and threads == [None]
+    assert train_byol.main(argv) == 0 and threads == [None], "alone it has more"
     assert "begun by 2 processes, continued by 1" in capsys.readouterr().out
+    assert [path.name for path in Path("runs").iterdir()] == ["two"] and Path("runs/two/encoder.pt").exists()

@@ -12,7 +12,6 @@ import torch
 import torchvision
 
 import encoders
-import plots
 import train_byol
 import train_classifier
 import utils
@@ -175,12 +174,6 @@ def test_without_byol_the_baseline_is_trained_and_the_other_half_explained(image
     assert out.endswith("for the half with BYOL: python train_byol.py, and then the command that it ends with\n")
     assert [r["arm"] for r in results("none")["records"]] == [BASELINE]
     assert {path.name for path in Path("runs/none").iterdir()} == {".lock", "results.json", "classifier.pt"}
-
-
-def test_neighbours_of_few_images_and_of_the_classes_that_are_there(tmp_path, generator):
-    pixels, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 2])
-    plots.plot_neighbors(tmp_path / "x.png", pixels, labels, ["a", "b", "c"], {"arm": torch.eye(3)}, generator, "run")
-    assert (tmp_path / "x.png").stat().st_size > 0
 
 
 # -------------------------------------------------------------------------------------- constants and earlier results

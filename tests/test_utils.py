@@ -1,4 +1,5 @@
 """What both scripts need to be scripts: constants and flags, errors, signals, seeds, the machine, whole files."""
+import mmap
 import os
 import platform
 import re
@@ -125,7 +126,7 @@ def test_a_run_name_cannot_leave_the_runs_folder(name):
 
 def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     for error, line in ((UserError("no such"), "no such"), (OSError("off"), "cannot read or write a file (off"),
-                        (OSError(28, "Full", "runs/x"), "cannot read or write runs/x (Full): make space, or give"),
+                        (OSError(28, "Full", "runs/x"), "cannot read or write runs/x (Full): make space, or check"),
                         (torch.OutOfMemoryError("50 GiB\nmore"), "the GPU's memory is exhausted (50 GiB more")):
         assert run_script(Mock(side_effect=error), vars(train_byol), []) == 1
         assert re.fullmatch(re.escape(f"error: {line}") + ".*\n", capsys.readouterr().err)
@@ -196,14 +197,13 @@ import ctypes, torch, utils
 from resource import RUSAGE_SELF, getrusage
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of one size, whatever the kernel would merge
 utils.keep_freed_memory()
-for mebibytes in (40, 60, 90, 135, 200):  # each has to lie at the heap's end at first
-    torch.zeros(mebibytes << 20, dtype=torch.uint8)
+for _ in range(10):
     before = getrusage(RUSAGE_SELF).ru_minflt
-    torch.zeros(mebibytes << 20, dtype=torch.uint8)
+    [torch.zeros(mebibytes << 20, dtype=torch.uint8) for mebibytes in (40, 1, 3, 9, 33, 17, 5)]
     print(getrusage(RUSAGE_SELF).ru_minflt - before)
 """
-    new = [*map(int, subprocess.check_output([sys.executable, "-c", script], cwd=ROOT).split())]
-    assert sorted(new)[2] == 0, f"once the heap has its size, no page is new: {new}"
+    first, *later = map(int, subprocess.check_output([sys.executable, "-c", script], cwd=ROOT).split())
+    assert first > 0.7 * (108 << 20) // mmap.PAGESIZE and sorted(later)[4] == 0, f"{first} pages are new, then {later}"
 
 
 @pytest.mark.parametrize("speeds, begun_with, users, words", [  # convolutions a second by 4, 2 and 1 threads

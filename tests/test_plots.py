@@ -1,0 +1,29 @@
+"""The figures: what can be counted in them; the rest is looked at."""
+import pytest
+import torch
+from matplotlib.axes import Axes
+
+import train_byol
+from plots import plot_curves, plot_neighbors
+from utils import read_constants
+
+
+def test_the_curves_of_a_long_run_have_no_more_points_than_can_be_seen(tmp_path, monkeypatch):
+    lines, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: lines.append((x, y)) or plot(axis, x, y, **style))
+    rows = [{"epoch": i / 10, "spread": 0.1} | ({"loss": float(i)} if i else {})
+            | ({"knn": 50.0, "probe": 50.0, "rank": 9.0} if i % 10_000 == 0 else {}) for i in range(30_000)]
+    plot_curves(tmp_path / "curves.png", rows, read_constants(vars(train_byol), []))
+    assert [len(x) for x, _ in lines] == [2000, 1875, 3, 3, 3] and (tmp_path / "curves.png").stat().st_size > 0
+    assert all(y == pytest.approx(10 * x) for x, y in zip(*lines[0]))
+
+
+def test_neighbours_of_few_images_and_of_the_classes_that_are_there(tmp_path, generator):
+    pixels, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2, 2])
+    plot_neighbors(tmp_path / "x.png", pixels, labels, ["a", "b", "c"], {"an arm": torch.eye(3)}, generator, "run")
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_curves_of_no_row_are_an_empty_figure(tmp_path):
+    plot_curves(tmp_path / "curves.png", [], read_constants(vars(train_byol), []))
+    assert (tmp_path / "curves.png").stat().st_size > 0
