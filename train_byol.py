@@ -314,7 +314,7 @@ def log(c: SimpleNamespace, state: dict, row: dict[str, float], aloud: bool = Tr
     state["losses"] = []
     if aloud:
         texts = [form.format(row[name]) for name, form in COLUMNS.items() if form and name in row]
-        say("  ".join([f"epoch {row['epoch']:.2f} of {c.EPOCHS}", *texts, ending]))
+        say("  ".join([f"epoch {row['epoch']:.2f} of {c.EPOCHS}", *texts, ending]).rstrip())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ import train_classifier
 import utils
 from byol import BYOL, build_optimizer, parameter_groups
 from conftest import small_encoder, trace_compiled
-from data import load_split
+from data import batch_indices, load_split
 from encoders import build_encoder
 from evaluate import extract_features
 from test_data import write_folder, write_stl10
@@ -308,6 +308,16 @@ def test_pretraining_ends_with_its_verdict_also_when_it_was_continued(tiny, monk
     assert "kNN went from 10.0% to 90.0%, by +80.0 ± 8.0 (95%): pretraining gained" in out
     assert "linear probe went from 90.0% to 10.0%, by -80.0 ± 8.0 (95%): pretraining LOST" in out
     assert [row["knn"] + "," + row["probe"] for row in rows("tiny")] == ["10.0,90.0", "50.0,50.0", "90.0,10.0"]
+
+
+def test_every_image_of_an_epoch_is_taken_once():
+    steps = list(batch_indices(0, "order", 50, 7, 0, 14))
+    first, second = torch.cat(steps[:7]).tolist(), torch.cat(steps[7:]).tolist()
+    assert first != second and len(set(first)) == len(set(second)) == 49, "the remainder is dropped"
+    assert set(first) | set(second) <= set(range(50))
+    assert all(map(torch.equal, batch_indices(0, "order", 50, 7, 3, 14), steps[3:])), "from any step on"
+    halves = zip(*(batch_indices(0, "order", 50, 7, 0, 14, rank, 2) for rank in (0, 1)))
+    assert all(torch.equal(torch.cat(half).sort()[0], step.sort()[0]) for half, step in zip(halves, steps, strict=True))
 
 
 def test_two_processes_share_a_batch_step_as_one_stop_together_and_continue(tmp_path, small, monkeypatch, capsys):
