@@ -184,7 +184,7 @@ def progress_over(steps: int) -> Callable[[str], None]:
         bar.set_description(title, refresh=False)
         if bar.disable and line_due():
             minutes = (time.monotonic() - start) / done * (steps - done) / 60
-            say(f"{title}: step {done:,} of {steps:,}, {minutes:.0f} min left")
+            say(f"{title.rstrip()}: step {done:,} of {steps:,}, {minutes:.0f} min left")
     return advance
 
 
