@@ -169,8 +169,8 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def image_files(top: Path) -> list[Path]:
-    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden. Raises UserError
-    for a folder that cannot be read."""
+    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden. Raises OSError for
+    a folder that cannot be read."""
     found, seen = [], set()
     for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
         if (here := os.path.realpath(folder)) in seen:  # links may lead in circles

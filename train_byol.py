@@ -306,8 +306,8 @@ def write_rows(folder: Path, rows: list[dict[str, float]], c: SimpleNamespace) -
 
 def log(c: SimpleNamespace, state: dict, row: dict[str, float], aloud: bool = True, ending: str = "") -> None:
     """Keep a row of the losses so far, print it where `aloud`, and warn where it is the first that shows a collapse."""
-    healthy, before = c.PROJECTION_DIM ** -0.5, [row["spread"] for row in state["rows"] if "spread" in row]
-    if row.get("spread", healthy) < 0.1 * healthy <= min(before, default=healthy):
+    healthy = c.PROJECTION_DIM ** -0.5
+    if row.get("spread", 1) < 0.1 * healthy <= min((before.get("spread", 1) for before in state["rows"]), default=1):
         say(f"warning: the embeddings collapse: their spread is {row['spread']:.4f}, healthy is {healthy:.3f}: lower "
             "LEARNING_RATE or raise BASE_DECAY")
     state["rows"].append(row)

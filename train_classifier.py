@@ -116,9 +116,10 @@ def compare(c: SimpleNamespace) -> None:
         records = {Training(*(record[name] for name in Training._fields)): record for record in results["records"]}
         missing = [training for training in plan(c, records, arms, train) if training not in records]
         steps = c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)  # of each; the remainder is dropped
+        threads = choose_threads(device)
         say(f"{Path(c.DATASET).name}: {count(len(train.labels), 'training image')} and "
             f"{count(len(test.labels), 'test image')} of {len(train.classes)} classes\n{c.ENCODER} from "
-            f"{Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in {c.PRECISION}{choose_threads(device)}\n"
+            f"{Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in {c.PRECISION}{threads}\n"
             f"{count(len(missing), 'training')} of {count(steps, 'step')} to do")
         setup = build_setup(c, train, test, device, encoders, len(missing) * steps)
         while missing:
