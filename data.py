@@ -13,7 +13,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple, NoReturn
+from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -156,29 +156,23 @@ def class_names(top: Path) -> list[str]:
     """Names of the class folders below `top`, sorted."""
     if not top.is_dir():
         raise UserError(f"{top} is missing: labelled images belong in {top}/<class>/")
-    _, names, _ = next(os.walk(top, onerror=refuse))
-    names = sorted(name for name in names if not name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise UserError(f"{top} holds no class folders: labelled images belong in {top}/<class>/")
     return names
 
 
-def refuse(error: OSError) -> NoReturn:
-    """For os.walk, which takes a folder that cannot be read for an empty one."""
-    raise error
-
-
 def image_files(top: Path) -> list[Path]:
     """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden. Raises OSError for
     a folder that cannot be read."""
-    found, seen = [], set()
-    for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-        if (here := os.path.realpath(folder)) in seen:  # links may lead in circles
-            folders.clear()
+    found, folders, seen = [], [top], set()
+    for folder in folders:  # grows on the way
+        if (here := folder.resolve()) in seen:  # links may lead in circles
             continue
         seen.add(here)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # sorted: always the same way there
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+        shown = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+        for entry in sorted(shown, key=lambda entry: entry.name):  # sorted: of two ways to a folder always the same one
+            (folders if entry.is_dir() else found).append(Path(entry.path))
     return sorted(file for file in found if file.suffix.lower() in EXTENSIONS)
 
 

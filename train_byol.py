@@ -110,8 +110,10 @@ def pretrain(c: SimpleNamespace) -> None:
         c.PRECISION = select_precision(c.PRECISION, device)
         threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
         images, train_split = load_images(c, device, state)
-        with rank_0_first():
-            model = build_model(c).to(device, memory_format=torch.channels_last)
+        with rank_0_first(), seeded_init(c.SEED, "heads"):
+            encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
+            model = BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, c.BATCHNORM == "frozen")
+        model = model.to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(c.OPTIMIZER, parameter_groups(model, c.WEIGHT_DECAY, "predictor", c.PREDICTOR_RATE))
         if state:
             model.load_state_dict(state.pop("model"))
@@ -254,12 +256,6 @@ def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) ->
         both = train_split is unlabeled
         train_split = train_split._replace(pixels=pixels if both else place(train_split.pixels, device))
     return pixels, train_split
-
-
-def build_model(c: SimpleNamespace) -> BYOL:
-    encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
-    with seeded_init(c.SEED, "heads"):
-        return BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, frozen_batchnorm=c.BATCHNORM == "frozen")
 
 
 def begin_folder(c: SimpleNamespace, folder: Path, images: Tensor, device: torch.device) -> None:

@@ -160,14 +160,10 @@ def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) ->
     return torch.addcmul(offset, image, x)
 
 
-def can_ask(x: Tensor) -> bool:
-    """Whether the host may read values without waiting for a GPU."""
-    return x.device.type == "cpu"
-
-
 def where_needed(operation: Callable, x: Tensor, amount: Tensor) -> Tensor:
-    """operation(x, amount); where the host may ask, in place and of the images alone whose amount is not 0."""
-    if can_ask(x) and len(chosen := amount.nonzero()[:, 0]) < len(x):
+    """operation(x, amount); on a CPU in place and of the images alone whose amount is not 0. A GPU is not asked which
+    those are, because the host would wait for it."""
+    if x.device.type == "cpu" and len(chosen := amount.nonzero()[:, 0]) < len(x):
         x[chosen] = operation(x[chosen], amount[chosen])
         return x
     return operation(x, amount)

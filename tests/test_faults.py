@@ -321,7 +321,7 @@ sys.stdin.read()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert train_byol.main(ANEW) == 0, "nor is a file system without locks"
 
 
-@pytest.mark.parametrize("where", ["load_images", "build_model"])
+@pytest.mark.parametrize("where", ["load_images", "build_encoder"])
 def test_a_signal_before_the_training_changes_nothing(begun, monkeypatch, capsys, where):
     before = everything()
     monkeypatch.setattr(train_byol, where, lambda *args: os.kill(os.getpid(), signal.SIGINT) or 1 / 0)
