@@ -125,10 +125,8 @@ def compare(c: SimpleNamespace) -> None:
         while missing:
             training = missing[0]
             records[training], network = run_training(setup, training)
-            size = {t: (images_of(t.labels, train), t.epochs) for t in records if t.arm == arms[-1] and t.fifth is None}
-            # The one that is kept is of the most labels, of these the longest, of these the first of several seeds.
-            if training in size and all(size[training] > size[t] or (size[training], training.seed) == (size[t], t.seed)
-                                        for t in size):
+            tested = [t for t in reversed(records) if t.arm == arms[-1] and t.fifth is None]  # of equals the latest
+            if training == max(tested, key=lambda t: (images_of(t.labels, train), t.epochs, -t.seed), default=None):
                 save_torch(folder / "classifier.pt", plain_state_dict(network))
             results |= {"records": list(records.values()), "environment": environment(device)}
             write_json(folder / "results.json", results)

@@ -317,7 +317,13 @@ def test_the_classifier_that_is_kept_is_that_of_the_most_labels_then_epochs(pret
         assert compare("--seeds", "0", "--epochs", *argv) == 0
         kept.append((pretrained / "classifier.pt").read_bytes())
     assert kept[:4] == kept[:1] * 4 and kept[4] != kept[0]
-    assert compare("--seeds", "1", "--epochs", "8") == 0 and (pretrained / "classifier.pt").read_bytes() != kept[4]
+    for argv in (["--seeds", "1", "--epochs", "8"], ["--seeds", "0,1", "--epochs", "8"],
+                 ["--seeds", "0,1", "--epochs", "8", "--learning-rate", "0.3"]):
+        assert compare(*argv) == 0
+        kept.append((pretrained / "classifier.pt").read_bytes())
+        assert kept[-1] != kept[-2], "longer, of a lower seed, by the rate that is the best now"
+    assert compare("--seeds", "2", "--epochs", "8", "--learning-rate", "0.3") == 0
+    assert (pretrained / "classifier.pt").read_bytes() == kept[-1]
 
 
 # -------------------------------------------------------------------------------------------------- rates and fairness
