@@ -16,7 +16,8 @@ JITTER_STRENGTHS = (0.4, 0.4, 0.2, 0.1)  # in that order
 JITTER_P, GRAY_P = 0.8, 0.2  # probabilities of the jitter and of grayscale in either view
 MIN_SIGMA, MAX_SIGMA = 0.1, 2.0  # of the blur, in pixels of the view
 BLUR_P, SOLARIZE_P = (1.0, 0.1), (0.0, 0.2)  # probabilities in view 1 and in view 2
-CROP_DRAWS, VIEW_DRAWS = 5, 18  # uniform numbers that a crop and a view take for each image
+CROP_TRIES = 10  # candidates for a crop, of which the first that lies in the image is taken
+CROP_DRAWS, VIEW_DRAWS = 23, 36  # uniform numbers that a crop and a view take for each image: 2 CROP_TRIES + 3, + 13
 
 
 class View(NamedTuple):
@@ -46,17 +47,24 @@ def view_of(u: Tensor, height: int, width: int, min_area: float, blur_p: float, 
 
 def crop_of(u: Tensor, height: int, width: int, min_area: float) -> tuple[Tensor, Tensor]:
     """Boxes [N,4] of random resized crops, and flips [N], that uniform numbers u [N,CROP_DRAWS] stand for. Area
-    `min_area` to 1, ratio 3/4 to 4/3, log-uniform. A side that would leave the image is clamped to it."""
-    area, ratio, top, left, flip = u.unbind(dim=1)
+    `min_area` to 1, ratio 3/4 to 4/3, log-uniform; of CROP_TRIES candidates the first that lies in the image, else the
+    largest box in its middle that keeps to the ratios: torchvision's RandomResizedCrop."""
+    area, ratio, start, flip = u.split((CROP_TRIES, CROP_TRIES, 2, 1), dim=1)
     area = (min_area + area * (1 - min_area)) * height * width
     ratio = torch.pow(4 / 3, 2 * ratio - 1)  # width over height
-    # Square roots as 1 / sqrt(1 / x): torch's sqrt and exp (not its rsqrt and pow) wake all threads of a CPU even for a
-    # few hundred numbers, and wait for them where other processes keep the cores busy.
-    h = torch.rsqrt(ratio / area).round().clamp(1, height)
-    w = torch.rsqrt(1 / (ratio * area)).round().clamp(1, width)
-    top = (top * (height - h + 1)).floor().clamp(max=height - 1)
-    left = (left * (width - w + 1)).floor().clamp(max=width - 1)
-    return torch.stack([top, left, h, w], dim=1), flip < 0.5
+    # Square roots as 1 / sqrt(1 / x), whole numbers by int(): torch's sqrt, exp, floor and round wake all threads of a
+    # CPU even for a few thousand numbers, and wait for them where other processes keep the cores busy.
+    sides = torch.stack([torch.rsqrt(ratio / area), torch.rsqrt(1 / (ratio * area))], dim=2)  # [N,tries,2]
+    sides = (sides + 0.5).int()
+    image = constant((height, width), sides)
+    fits = ((sides >= 1) & (sides <= image)).all(dim=2)
+    fallback = constant((min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))), sides)
+    first = fits.int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, 2)
+    found = fits.any(dim=1, keepdim=True)
+    sides = torch.where(found, sides.gather(1, first)[:, 0], fallback)
+    room = image - sides
+    start = torch.where(found, (start * (room + 1)).int(), room // 2).minimum(room)
+    return torch.cat([start, sides], dim=1).float(), flip[:, 0] < 0.5
 
 
 def render(images: Tensor, view: View, size: int) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 import views
@@ -46,22 +47,30 @@ def test_crop_never_reads_beyond_its_box(device):
     torch.testing.assert_close(inside, torch.ones_like(inside))
 
 
-def test_crop_boxes_follow_the_paper(generator):
-    box, flip = views.crop_of(torch.rand(20_000, views.CROP_DRAWS, generator=generator), 64, 64, 0.08)
+@pytest.mark.parametrize("height, width, min_area", [(64, 64, 0.08), (64, 64, 0.2), (24, 24, 0.5), (40, 64, 0.3),
+                                                     (64, 40, 0.3), (30, 90, 0.9), (90, 30, 0.9), (32, 32, 1.0)])
+def test_crop_boxes_are_distributed_as_torchvisions(generator, height, width, min_area):
+    n, image = 10_000, torch.empty(3, height, width)
+    box, flip = views.crop_of(torch.rand(n, views.CROP_DRAWS, generator=generator), height, width, min_area)
     top, left, h, w = box.unbind(1)
-    assert (box == box.round()).all() and (top >= 0).all() and (left >= 0).all()
-    assert (top + h <= 64).all() and (left + w <= 64).all()
-    area, ratio = h * w / 64 ** 2, w / h
-    assert area.min() > 0.07 and area.max() == 1
-    free = area < 0.5  # no side is clamped there
-    # Whole pixels: at the smallest crop of 16 x 21, half a pixel on each side is 6% of the ratio.
-    assert ratio[free].min() > 0.75 * 0.94 and ratio[free].max() < 4 / 3 * 1.06
-    assert ratio[free].log().mean().abs() < 0.01, "log-uniform is symmetric about 1"
-    # The area is uniform: below one half of its range lie (0.5 - 0.08) / 0.92 of the draws.
-    assert free.float().mean().item() == pytest.approx(0.42 / 0.92, abs=0.02)
+    assert (box == box.round()).all() and (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
+    assert (top + h <= height).all() and (left + w <= width).all()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = torch.tensor([RandomResizedCrop.get_params(image, [min_area, 1.0], [3 / 4, 4 / 3])
+                                 for _ in range(n)]).float()
+    values = {"top": (top, expected[:, 0]), "left": (left, expected[:, 1]), "height": (h, expected[:, 2]),
+              "width": (w, expected[:, 3]), "area": (h * w, expected[:, 2:].prod(1)),
+              "ratio": (w / h, expected[:, 3] / expected[:, 2])}
+    for name, pair in values.items():
+        points = torch.cat(pair).unique()
+        shares = [torch.searchsorted(sample.sort().values, points, right=True) / n for sample in pair]
+        # Kolmogorov and Smirnov: two samples of one distribution differ by more once in 2,000 times.
+        assert (shares[0] - shares[1]).abs().max() < 1.95 * (2 / n) ** 0.5, name
+    whole = (h == height) | (w == width)
+    assert whole.float().mean().item() == pytest.approx(
+        ((expected[:, 2] == height) | (expected[:, 3] == width)).float().mean().item(), abs=0.02)
     assert flip.float().mean().item() == pytest.approx(0.5, abs=0.02)
-    centered = h < 40
-    assert (top / (64 - h))[centered].mean().item() == pytest.approx(0.5, abs=0.02)
 
 
 TORCHVISIONS = {BRIGHTNESS: tv.adjust_brightness, CONTRAST: tv.adjust_contrast, SATURATION: tv.adjust_saturation,
@@ -185,14 +194,14 @@ def test_each_number_that_is_drawn_decides_one_thing(generator):
     draws = torch.rand(500, views.VIEW_DRAWS, generator=generator)
 
     def fields(u):
-        return views.view_of(u, 64, 64, 0.08, 0.5, 0.5)._asdict()
+        return views.view_of(u, 64, 64, 0.9, 0.5, 0.5)._asdict()  # so large an area takes all tries of some crops
 
     before, changed = fields(draws), []
     for column in range(views.VIEW_DRAWS):
         other = draws.clone()
         other[:, column] = torch.rand(500, generator=generator)
         changed += [[name for name, value in fields(other).items() if not torch.equal(value, before[name])]]
-    assert changed == [[name] for name in 4 * ["box"] + ["flip"] + 4 * ["order"] + 5 * ["factor"]
+    assert changed == [[name] for name in 22 * ["box"] + ["flip"] + 4 * ["order"] + 5 * ["factor"]
                        + ["gray", "sigma", "sigma", "solarize"]]
 
 
