@@ -5,6 +5,7 @@ No result depends on the machine: tests state device and precision. Where one fo
 kind; with 0 it is one without AVX512, too.
 """
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Callable
@@ -20,6 +21,7 @@ import evaluate  # noqa: E402
 import plots  # noqa: E402
 import utils  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs start with Ctrl-C ignored
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # unset, each run would try which number is best
 
 TEST_BF16, has_native_bf16 = os.environ.get("TEST_BF16"), utils.has_native_bf16
