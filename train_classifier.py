@@ -125,7 +125,7 @@ def compare(c: SimpleNamespace) -> None:
         while missing:
             training = missing[0]
             records[training], network = run_training(setup, training)
-            tested = [t for t in reversed(records) if t.arm == arms[-1] and t.fifth is None]  # of equals the latest
+            tested = [t for t in reversed(records) if t.arm == arms[-1] and t.fifth is None]  # of two rates the latest
             if training == max(tested, key=lambda t: (images_of(t.labels, train), t.epochs, -t.seed), default=None):
                 save_torch(folder / "classifier.pt", plain_state_dict(network))
             results |= {"records": list(records.values()), "environment": environment(device)}

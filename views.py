@@ -17,7 +17,7 @@ JITTER_P, GRAY_P = 0.8, 0.2  # probabilities of the jitter and of grayscale in e
 MIN_SIGMA, MAX_SIGMA = 0.1, 2.0  # of the blur, in pixels of the view
 BLUR_P, SOLARIZE_P = (1.0, 0.1), (0.0, 0.2)  # probabilities in view 1 and in view 2
 CROP_TRIES = 10  # candidates for a crop, of which the first that lies in the image is taken
-CROP_DRAWS, VIEW_DRAWS = 23, 36  # uniform numbers that a crop and a view take for each image: 2 CROP_TRIES + 3, + 13
+CROP_DRAWS, VIEW_DRAWS = 2 * CROP_TRIES + 3, 2 * CROP_TRIES + 16  # uniform numbers that they take for each image
 
 
 class View(NamedTuple):
