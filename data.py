@@ -8,12 +8,13 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +33,16 @@ STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monk
 PATTERN_COUNTS = {"unlabeled": 4000, "train": 200, "test": 1000}
 CELLS = 3  # of the patchwork that each pattern image is
 PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-MAX_PIXELS = 100_000_000  # of one image file; more is taken for a decompression bomb
+MAX_PIXELS = 100_000_000  # of an image as it is decoded; more is taken for a decompression bomb
 FILES_OF_A_WORKER = 500  # images, at least, that a worker process is started for
-MAX_BROKEN = 0.01  # share of a split's files that may fail to decode
+# Image formats, where Pillow has them, and their endings; never EPS or WMF, which start other programs.
+ENDINGS = {ending: kind for ending, kind in Image.registered_extensions().items()
+           if kind in {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM"}}
+FORMATS = [kind for kind in set(ENDINGS.values()) if kind in Image.OPEN]
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit holds for the whole of a large JPEG, which is decoded at a fraction
 
 
 class Split(NamedTuple):
@@ -44,30 +51,31 @@ class Split(NamedTuple):
     classes: list[str]
 
     def stamp(self) -> str:
-        """A digest of the labels, the classes and the pixels of a thousand evenly spaced images."""
-        index = torch.linspace(0, len(self.pixels) - 1, min(1000, len(self.pixels)), dtype=torch.float64).long()
-        digest = sha256(repr((self.classes, self.labels.tolist())).encode())
+        """A digest of the images' number, labels and classes, and of the pixels of a thousand evenly spaced ones."""
+        n, labels = len(self.pixels), [] if self.labels is None else self.labels.tolist()
+        index = torch.linspace(0, n - 1, min(1000, n), dtype=torch.float64).long()
+        digest = sha256(repr((n, self.classes, labels)).encode())
         digest.update(fetch(self.pixels, index, torch.device("cpu")).contiguous().numpy())
-        return digest.hexdigest()
+        return digest.hexdigest()[:16]
 
 
-def load_split(dataset: str, split: str, data_root: str, size: int) -> Split | None:
+def load_split(dataset: str, split: str, data_root: str, size: int, max_unreadable: float = 0.01) -> Split | None:
     """One split ("unlabeled", "train" or "test") of "stl10", "patterns" or a folder. size: pixels a side. STL-10's
-    unlabeled images stay at 96, for the views are cut to size anyway. Returns None where a folder does not have the
-    split. Raises UserError for data that cannot be used."""
+    unlabeled images stay at 96, because the views are cut to size anyway. max_unreadable: share of a folder's images
+    that may be. Returns None where a folder does not have the split. Raises UserError for data that cannot be used."""
     if dataset == "stl10":
         return load_stl10(split, Path(data_root), size)
     if dataset == "patterns":
         return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(PATTERN_SEED, "patterns", split))
     if not Path(dataset).is_dir():
         raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'patterns' nor an existing folder")
-    return load_folder(Path(dataset), split, Path(data_root), size)
+    return load_folder(Path(dataset), split, Path(data_root), size, max_unreadable)
 
 
-def load_for_pretraining(dataset: str, data_root: str, size: int) -> tuple[Split, Split | None]:
-    """The images without labels, or where there are none those of train/; and train/, where there is one."""
-    train = load_split(dataset, "train", data_root, size)
-    unlabeled = load_split(dataset, "unlabeled", data_root, size)
+def load_for_pretraining(dataset: str, *rest: Any) -> tuple[Split, Split | None]:
+    """The images without labels, or where there are none those of train/; and train/, where there is one. rest: what
+    `load_split` takes after the split."""
+    train, unlabeled = (load_split(dataset, split, *rest) for split in ("train", "unlabeled"))
     if unlabeled is None and train is None:
         raise UserError(f"DATASET {dataset!r} has neither unlabeled/ nor train/: there are no images to pretrain on")
     if unlabeled is None:
@@ -131,40 +139,54 @@ def map_pixels(file: Path, side: int) -> Tensor:
         return torch.from_numpy(np.memmap(file, np.uint8, "r")).view(-1, 3, side, side)
 
 
-def load_folder(folder: Path, split: str, root: Path, size: int) -> Split | None:
+def load_folder(folder: Path, split: str, root: Path, size: int, max_unreadable: float) -> Split | None:
     """`unlabeled/` at any depth, `train/<class>/` or `test/<class>/` as an array, decoded once into a cache."""
     top = folder / split
-    if not top.is_dir():
+    if not is_folder(top):
         return None
     classes = [] if split == "unlabeled" else class_names(folder / "train")
     for name in class_names(top) if classes else []:
         if name not in classes:
             raise UserError(f"{top / name}: class {name!r} is not in {folder / 'train'}")
-    files, labels = [], []
+    files, labels, others = [], [], Counter()
     for label, part in enumerate([top / name for name in classes] or [top]):
-        found = image_files(part) if part.is_dir() else []
+        found = image_files(part, others) if is_folder(part) else []
         if not found:
-            raise UserError(f"{part} holds no images "
-                            + (f"of class {part.name!r}" if classes else f"({', '.join(sorted(EXTENSIONS))})"))
+            raise UserError(f"{part} holds no images" + f" of class {part.name!r}" * bool(classes)
+                            + f", but {endings_of(others)}" * bool(others))
         files += found
         labels += [label] * len(found)
-    pixels, kept = cached_pixels(top, files, root, size)
+    if others:
+        say(f"left out of {top}: {endings_of(others)}")
+    pixels, kept = cached_pixels(top, files, root, size, max_unreadable)
     return Split(pixels, torch.tensor(labels)[kept] if classes else None, classes)
+
+
+def endings_of(others: Counter) -> str:
+    """How many files have which ending, in words."""
+    return ", ".join(f"{n:,} {ending or 'without an ending'}" for ending, n in others.items())
 
 
 def class_names(top: Path) -> list[str]:
     """Names of the class folders below `top`, sorted."""
-    if not top.is_dir():
+    if not is_folder(top):
         raise UserError(f"{top} is missing: labelled images belong in {top}/<class>/")
-    names = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(top) if is_folder(entry) and not entry.name.startswith("."))
     if not names:
         raise UserError(f"{top} holds no class folders: labelled images belong in {top}/<class>/")
     return names
 
 
-def image_files(top: Path) -> list[Path]:
-    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden. Raises OSError for
-    a folder that cannot be read."""
+def is_folder(path: Path | os.DirEntry) -> bool:
+    """Whether it is one. Raises UserError for a link that leads nowhere, unless it is named like an image."""
+    if path.is_symlink() and not os.path.exists(path) and not is_image(path):
+        raise UserError(f"{os.fspath(path)} is a link that leads nowhere (to {os.readlink(path)}): mend or remove it")
+    return path.is_dir()
+
+
+def image_files(top: Path, others: Counter) -> list[Path]:
+    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden. `others` counts
+    all other files by their endings. Raises OSError for a folder that cannot be read."""
     found, folders, seen = [], [top], set()
     for folder in folders:  # grows on the way
         if (here := folder.resolve()) in seen:  # links may lead in circles
@@ -172,74 +194,132 @@ def image_files(top: Path) -> list[Path]:
         seen.add(here)
         shown = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
         for entry in sorted(shown, key=lambda entry: entry.name):  # sorted: of two ways to a folder always the same one
-            (folders if entry.is_dir() else found).append(Path(entry.path))
-    return sorted(file for file in found if file.suffix.lower() in EXTENSIONS)
+            (folders if is_folder(entry) else found).append(Path(entry.path))
+    others.update(file.suffix.lower() for file in found if not is_image(file))
+    return sorted(file for file in found if is_image(file))
 
 
-def cached_pixels(top: Path, files: list[Path], root: Path, size: int) -> tuple[Tensor, Tensor]:
+def is_image(path: Path | os.DirEntry) -> bool:
+    return os.path.splitext(path)[1].lower() in ENDINGS
+
+
+def cached_pixels(top: Path, files: list[Path], root: Path, size: int, max_unreadable: float) -> tuple[Tensor, Tensor]:
     """Pixels [M,3,size,size] of the files that decode, and their indices [M] in `files`; from the cache if it fits. The
-    cache is a raw array and a description that names the very files, sizes and times it was made from."""
+    cache is a raw array and a description: a digest of the names, sizes and times of the files that it was made from,
+    and those that could not be read. Raises UserError where these are more than the share `max_unreadable`."""
     name = f"{top.parent.name}-{top.name}-{size}px-{sha256(os.fsencode(top.resolve())).hexdigest()[:8]}"
-    array, description = root / "cache" / f"{name}.bin", root / "cache" / f"{name}.json"
-    found = [(file, file.stat() if file.exists() else file.lstat()) for file in files]  # a dangling link: broken later
-    lines = [f"{file.relative_to(top)} {status.st_size} {status.st_mtime_ns}\n" for file, status in found]
-    stamp = sha256(os.fsencode("".join(lines))).hexdigest()
+    array, description, reasons = (root / "cache" / (name + end) for end in (".bin", ".json", ".unreadable.txt"))
+    found = [(file, file.stat() if file.exists() else file.lstat()) for file in files]  # a link that leads nowhere
+    lines = [f"{file.relative_to(top)} {status.st_size} {status.st_mtime_ns}" for file, status in found]
+
+    def without(unreadable):
+        kept = [i for i, line in enumerate(lines) if line not in unreadable]
+        return kept, sha256(os.fsencode("\n".join(lines[i] for i in kept))).hexdigest()
+
     try:
         cached = json.loads(description.read_text())
-        whole = array.stat().st_size == len(cached["kept"]) * 3 * size * size
+        kept, stamp = without(set(cached["unreadable"]))
+        whole = cached["stamp"] == stamp and (not kept or array.stat().st_size == len(kept) * 3 * size * size)
     except (OSError, ValueError, KeyError, TypeError):
-        cached, whole = {}, False
-    if not whole or cached.get("stamp") != stamp:
+        whole = False
+    if not whole:
         description.unlink(missing_ok=True)  # never an old description beside a new array
-        cached = {"stamp": stamp, "kept": decode_files(top, files, array, size)}
-        write_json(description, cached)
-    return map_pixels(array, size), torch.tensor(cached["kept"])
+        unreadable = decode_files(top, files, array, size)
+        kept, stamp = without({lines[i] for i in unreadable})
+        reasons.unlink(missing_ok=True)
+        if unreadable:
+            with whole_file(reasons) as out:
+                out.write(os.fsencode("".join(f"{files[i]}: {reason}\n" for i, reason in unreadable.items())))
+        write_json(description, {"stamp": stamp, "unreadable": [lines[i] for i in unreadable]})
+    if broken := len(files) - len(kept):
+        what = f"{broken} of {count(len(files), 'image')} in {top} cannot be read (named in {reasons})"
+        if broken > max_unreadable * len(files):
+            raise UserError(f"{what}, more than MAX_UNREADABLE, {max_unreadable:.1%}: delete them, or raise it")
+        say(f"skipped: {what}")
+    return map_pixels(array, size), torch.tensor(kept)
 
 
-def decode_files(top: Path, files: list[Path], array: Path, size: int) -> list[int]:
-    """Decode `files` in parallel into the raw file `array`; returns the indices of those that could be read."""
-    kept, broken = [], []
+def decode_files(top: Path, files: list[Path], array: Path, size: int) -> dict[int, str]:
+    """Decode `files` into the raw file `array`. Returns the indices of those that cannot be read, and why. Gray images
+    of more than 8 bits have one scale: that of the one that uses the most."""
+    array.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = len(files) * 3 * size * size, shutil.disk_usage(array.parent).free
+    say(f"decoding {count(len(files), 'image')} of {top}, once, into {needed / 1e9:.2f} GB")
+    if needed > free:
+        raise UserError(f"{array.parent} has {free / 1e9:.2f} GB free: make space, or choose another DATA_ROOT")
+    found = 8
+    while isinstance(found, int):
+        found = decode_with(found, top, files, array, size)
+    return found
+
+
+def decode_with(bits: int, top: Path, files: list[Path], array: Path, size: int) -> dict[int, str] | int:
+    """`decode_files` in parallel, where gray images use `bits` at most; or, as soon as one uses more, how many."""
+    unreadable = {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loader = DataLoader(files, batch_size=16, collate_fn=partial(decode_images, size=size), generator=torch.Generator(),
-                        num_workers=min(cores, len(files) // FILES_OF_A_WORKER))
-    say(f"decoding {count(len(files), 'image')} of {top}, once")
+    try:
+        loader = iter(DataLoader(files, batch_size=16, collate_fn=partial(decode_images, size=size, bits=bits),
+                                 generator=torch.Generator(), num_workers=min(cores, len(files) // FILES_OF_A_WORKER)))
+    except OSError as error:
+        raise UserError(f"processes that decode cannot start ({one_line(error)}): is /dev/shm writable?") from error
     with (whole_file(array, f".{os.getpid()}.tmp") as out,  # another run may be decoding the same folder
           progress(total=len(files), desc=f"reading {top}", unit="image") as bar):
-        for index, image in enumerate(chain.from_iterable(loader)):
-            bar.update()
-            if isinstance(image, str):
-                broken.append(f"{files[index]} ({image})")
-            else:
-                out.write(image.tobytes())
-                kept.append(index)
-        if len(broken) > MAX_BROKEN * len(files):
-            raise UserError(f"{len(broken)} of {len(files)} images in {top} cannot be read, more than "
-                            f"{MAX_BROKEN:.0%}; the first is {broken[0]}")
-    if broken:
-        say(f"skipped {len(broken)} of {len(files)} images in {top} that cannot be read: {', '.join(broken[:5])}"
-            + ", ..." * (len(broken) > 5))
-    return kept
+        try:
+            for index, image in enumerate(chain.from_iterable(loader)):
+                bar.update()
+                if isinstance(image, int):
+                    return image
+                if isinstance(image, str):
+                    unreadable[index] = image
+                else:
+                    out.write(image.tobytes())
+        except RuntimeError as error:  # torch's, where a worker has died
+            raise UserError(f"a process that decodes {top} was killed ({one_line(error)}): is memory short?") from error
+    return unreadable
 
 
-def decode_images(files: list[Path], size: int) -> list[np.ndarray | str]:
-    return [decode_image(file, size) for file in files]
+def decode_images(files: list[Path], size: int, bits: int) -> list[np.ndarray | int | str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of odd metadata
+        return [decode_image(file, size, bits) for file in files]
 
 
-def decode_image(file: Path, size: int) -> np.ndarray | str:
-    """uint8 [3,size,size] of an image file: upright, RGB, short side resized, centre cropped; or what is wrong."""
+def decode_image(file: Path, size: int, bits: int = 16) -> np.ndarray | int | str:
+    """uint8 [3,size,size] of an image file: upright, RGB, on white, short side resized, centre cropped. Or what is
+    wrong. Or, where a gray image of more than 8 bits uses more than `bits`, which become 8, how many it uses."""
     try:
-        with Image.open(file, formats=["JPEG", "PNG", "WEBP", "BMP"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width}x{image.height} pixels"
+        with Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (2 * size, 2 * size))  # large JPEGs: decode at a fraction of their size
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip to white
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}"
+            turn = orientation(image)
+            if image.mode.startswith("I"):  # convert("RGB") would clip it to white
+                pixels = np.asarray(image)
+                if (used := int(pixels.max()).bit_length()) > bits:
+                    return used
+                image = Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
+            elif image.mode == "F":
+                return "its pixels are floating-point numbers, whose range is unknown"
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
+            if turn in UPRIGHT:
+                image = image.transpose(UPRIGHT[turn])
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything
         return one_line(error)
+
+
+def orientation(image: Image.Image) -> int | None:
+    """How EXIF says that it is turned; None where it says nothing, or cannot be read."""
+    try:
+        return image.getexif().get(0x0112)
+    except Exception:  # of damaged or odd EXIF, of which nobody needs the rest
+        return None
 
 
 def wave(phase: Tensor) -> Tensor:

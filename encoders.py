@@ -1,4 +1,5 @@
 """torchvision's ResNets as encoders: built, filled with weights, and exported as plain state dicts."""
+import pickle
 import re
 from hashlib import sha256
 from pathlib import Path
@@ -9,13 +10,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from utils import UNREADABLE, UserError, nearest, one_line, seeded_init
+from utils import UNREADABLE, UserError, nearest, one_line, say, seeded_init
 
 
 def build_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
     """A torchvision ResNet by name without its classifier, and the number of its features. init: "random" (drawn from
-    the seed), "imagenet" (torchvision downloads them), or the path of a state dict of that network, with or without
-    `fc`. Raises UserError where they cannot be had or do not fit."""
+    the seed), "imagenet" (torchvision downloads them), or the path of a file that holds a state dict of that network,
+    with or without `fc`. Raises UserError where they cannot be had or do not fit."""
     names = [n for n in torchvision.models.list_models(module=torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
     if name not in names:
         raise UserError(f"ENCODER {name!r} is unknown{nearest(name, names) or ': it must be a ResNet of torchvision'}")
@@ -24,11 +25,8 @@ def build_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
     feature_dim = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if init != "random":
-        weights = imagenet_weights(name) if init == "imagenet" else read_weights(Path(init))
-        try:  # the classifier is dropped, anything else must fit exactly
-            encoder.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")})
-        except RuntimeError as error:
-            raise UserError(f"the weights in {init} do not fit ENCODER: {one_line(error)[:160]}") from error
+        content = imagenet_weights(name) if init == "imagenet" else read_file(Path(init))
+        encoder.load_state_dict(find_weights(content, encoder.state_dict(), init))
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             module.__class__ = Convolution  # names, weights and state dict stay torchvision's
@@ -44,20 +42,46 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
                         f"to 'random' or to a weights file") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file. Only tensors are read: pickled code is refused, not run."""
+def read_file(path: Path) -> Any:
+    """What torch.save wrote. Only tensors are read: pickled code is refused, not run."""
     if not path.is_file():
         raise UserError(f"INIT '{path}' is neither 'imagenet', 'random' nor a file with weights")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is no weights file, or holds other objects beside its tensors. If you trust it, take "
+                        "them out: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)") from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is no weights file ({type(error).__name__}): it must be a state dict that torch.save "
-                        "wrote") from error
-    if not isinstance(weights, dict) or not all(isinstance(key, str) and isinstance(value, Tensor)
-                                                 for key, value in weights.items()):
-        raise UserError(f"{path} is no state dict of a network (a checkpoint? its encoder is in encoder.pt)")
+        raise UserError(f"{path} is no weights file ({type(error).__name__}), as torch.save writes it") from error
+
+
+def find_weights(content: Any, wanted: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors of a ResNet whose state dict looks like `wanted`: in `content` itself or in one of the dicts that it
+    holds, with the prefix that wrappers have put before all names, and without the classifier, `fc`. Raises UserError
+    where there are none or several, or where they do not fit."""
+    fitting, misfits = {}, {}
+    dicts = {"": content} | content if isinstance(content, dict) else {}
+    for container, weights in dicts.items():
+        names = [name for name in weights if isinstance(name, str)] if isinstance(weights, dict) else []
+        for prefix in {name.removesuffix("bn1.running_mean") for name in names if name.endswith("bn1.running_mean")}:
+            own = {name.removeprefix(prefix): weights[name] for name in names if name.startswith(prefix)}
+            own = {name: value for name, value in own.items() if not name.startswith("fc")}
+            wrong = [name for name in wanted.keys() | own.keys() if not name.endswith("num_batches_tracked") and
+                     (name not in own or name not in wanted or own[name].shape != wanted[name].shape)]
+            (misfits if wrong else fitting)[f"{container} {prefix}".strip()] = sorted(wrong) or own
+    if len(fitting) > 1:
+        raise UserError(f"{source} holds the weights of several networks ({', '.join(fitting)}): save one alone")
+    if not fitting and misfits:
+        place, wrong = min(misfits.items(), key=lambda misfit: len(misfit[1]))
+        raise UserError(f"the weights in {source} do not fit ENCODER: {len(wrong)} tensors{place and ' of ' + place} "
+                        f"are missing, foreign or of another shape, {', '.join(wrong[:3])}")
+    if not fitting:
+        raise UserError(f"{source} holds no state dict of a ResNet")
+    (place, weights), = fitting.items()
     if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError(f"{path} holds weights that are no finite numbers")
+        raise UserError(f"{source} holds weights that are no finite numbers")
+    if place:
+        say(f"taking the weights of {place} from {source}")
     return weights
 
 
@@ -66,9 +90,9 @@ def plain_state_dict(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
 
 
-def digest_of_file(path: str | Path) -> str:
-    """Differs between any two files; "" where there is no such file."""
-    return sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+def digest_of(init: str | Path) -> str:
+    """Differs between any two files; what is no file stands for itself."""
+    return sha256(Path(init).read_bytes()).hexdigest() if Path(init).is_file() else str(init)
 
 
 class Convolution(nn.Conv2d):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from byol import BYOL, build_optimizer, learning_rate, parameter_groups, set_learning_rate, target_decay
 from data import Split, batch_indices, batches, load_for_pretraining, place
-from encoders import build_encoder, digest_of_file, plain_state_dict
+from encoders import build_encoder, digest_of, plain_state_dict
 from evaluate import monitor, scores_of, verdict
 from plots import plot_curves, plot_views
 from utils import (LOCK, UNREADABLE, VERSION, Stopped, UserError, any_process, as_text, autocast, choice,
@@ -39,6 +39,7 @@ from views import render_views, two_views
 # Data
 DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
 DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
+MAX_UNREADABLE = 0.01  # share of a folder's images that may be unreadable: they are skipped
 IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
 CROP_AREA = "auto"  # smallest share of an image that a view shows
 BLUR_P = (0.3, 0.03)  # probability of the blur in view 1 and in view 2 (paper: 1, 0.1, at 224 pixels a side)
@@ -79,7 +80,8 @@ RECIPE = {  # what "auto" stands for where INIT is
     "WEIGHT_DECAY":   (5e-4,     5e-4,    0.0,      1.5e-6),
     "BASE_DECAY":     (0.996,    0.996,   1.0,      0.996)}
 KINDS = {
-    "DATASET": path("stl10", "patterns"), "DATA_ROOT": path(), "IMAGE_SIZE": number(16, whole=True),
+    "DATASET": path("stl10", "patterns"), "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1),
+    "IMAGE_SIZE": number(16, whole=True),
     "CROP_AREA": number(0.01, 1, "auto"), "BLUR_P": several(number(0, 1), exactly=2), "JITTER": number(0, 2, "auto"),
     "ENCODER": str, "INIT": path("imagenet", "random"), "BATCHNORM": choice("auto", "batch", "frozen"),
     "HIDDEN_DIM": number(1, inf, "auto", whole=True), "PROJECTION_DIM": number(2, whole=True),
@@ -91,7 +93,8 @@ KINDS = {
 DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2,
             BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4,
             WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
-FREE = {"RUN", "DEVICE", "DATA_ROOT", "CHECKPOINT_MINUTES"}  # may change between a run and its continuation
+FREE = {"RUN", "DEVICE", "DATA_ROOT", "MAX_UNREADABLE", "CHECKPOINT_MINUTES", "LABELLED",
+        "DATASET", "IMAGES"}  # may change between a run and its continuation, but DATASET only its path
 COLUMNS = {  # of metrics.csv, and how a line shows them
     "step": "", "epoch": "", "loss": "loss {:.3f}", "learning_rate": "", "decay": "", "spread": "spread {:.3f}",
     "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%", "rank": "rank {:.0f}", "images_per_second": "{:,.0f} images/s"}
@@ -215,7 +218,7 @@ def resolve(c: SimpleNamespace) -> None:
         raise UserError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto (--batchnorm)")
     if c.RUN == "none" or Path(c.INIT).parent == run_folder(c.RUN).resolve():
         raise UserError(f"RUN {c.RUN} cannot be: none is no run to the comparison, and INIT must not lie in its folder")
-    c.INIT_SHA256 = digest_of_file(c.INIT)  # the comparison starts from the same weights
+    c.INIT_SHA256 = digest_of(c.INIT)  # the comparison starts from the same weights
 
 
 def read_state(folder: Path, c: SimpleNamespace) -> dict | None:
@@ -233,22 +236,24 @@ def read_state(folder: Path, c: SimpleNamespace) -> dict | None:
                         "another RUN, or use --overwrite to start anew")
     if c.PRECISION == "auto":
         c.PRECISION = constants.get("PRECISION", "auto")
-    refuse_changes(constants, c, file if state else config, FREE)
+    moved = {"INIT"} if constants.get("INIT_SHA256") == c.INIT_SHA256 else set()
+    refuse_changes(constants, c, file if state else config, FREE | moved)
     return state
 
 
 def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) -> tuple[Tensor, Split | None]:
     """Images to pretrain on, and train/ where there is one. Raises UserError for too few, or others than before."""
     with rank_0_first():
-        unlabeled, train_split = load_for_pretraining(c.DATASET, c.DATA_ROOT, c.IMAGE_SIZE)
+        unlabeled, train_split = load_for_pretraining(c.DATASET, c.DATA_ROOT, c.IMAGE_SIZE, c.MAX_UNREADABLE)
     images, world = len(unlabeled.pixels), rank_and_world()[1]
     if c.BATCH_SIZE > images:
         raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {count(images, 'image')}: lower it")
     if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
         raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not give all {world} processes as many images, at least 2")
-    if state and state["images"] != images:
-        raise UserError(f"DATASET {c.DATASET!r} has {count(images, 'image')}, and {state['images']:,} when the run was "
-                        "begun: bring them back, choose another RUN, or use --overwrite to start anew")
+    c.IMAGES, c.LABELLED = unlabeled.stamp(), train_split.stamp() if train_split else ""
+    if state and state["constants"]["IMAGES"] != c.IMAGES:
+        raise UserError(f"DATASET {c.DATASET!r} has {count(images, 'image')}, and they are not the {state['images']:,} "
+                        "that the run was begun with: bring those back, choose another RUN, or use --overwrite")
     if state and state["world_size"] != world:
         say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
     pixels = place(unlabeled.pixels, device)

@@ -11,6 +11,7 @@ accuracy on the test images after the last epoch, never the best one.
 """
 import copy
 import math
+import os
 import sys
 import textwrap
 import time
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from byol import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from data import Split, batch_indices, fetch, load_folds, load_split, place
-from encoders import build_encoder, digest_of_file, plain_state_dict
+from encoders import build_encoder, digest_of, plain_state_dict
 from evaluate import (extract_features, fifths, fold_standardisation, gain_interval, knn_predict, linear_probe, percent,
                       verdict_of)
 from plots import plot_label_efficiency, plot_neighbors
@@ -55,6 +56,7 @@ WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the training; th
 CROP_AREA = 0.3  # smallest share of an image that a training crop shows
 # The machine
 DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
+MAX_UNREADABLE = 0.01  # share of a folder's images that may be unreadable: they are skipped
 DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
@@ -65,14 +67,15 @@ KINDS = {
     "SEEDS": several(number(0, whole=True)), "EPOCHS": number(1, math.inf, "auto", whole=True),
     "BATCH_SIZE": number(2, whole=True), "OPTIMIZER": choice("sgd", "adamw"), "LEARNING_RATE": several(number(0)),
     "HEAD_RATE": number(0), "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "CROP_AREA": number(0.01, 1),
-    "DATA_ROOT": path(), "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32")}
+    "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1), "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32")}
 DEMO = dict(RUN="demo", LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=1e-2)
 OF_THE_RUN = {  # what "run" means where RUN is none, and with --demo
     "DATASET": ("stl10", "patterns"), "IMAGE_SIZE": (96, 32), "ENCODER": ("resnet18", "resnet18"),
     "INIT": ("imagenet", "random")}
-FREE = {"RUN", "DATA_ROOT", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "EPOCHS", "LEARNING_RATE",  # may change between
-        "DATASET", "INIT"}  # calls; of these two only the path
-MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "DEVICE", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
+FREE = {"RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "EPOCHS", "LEARNING_RATE",
+        "DATASET", "INIT"}  # may change between calls, but of these two only the path
+MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "CHECKPOINT_MINUTES",
+              "DATASET", "INIT"}  # between pretraining runs compared together, but of these two only the path
 HELD_OUT, MOST_FIFTHS = 500, 2  # a rate is judged by as many fifths as hold so many images, but at most by so many
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 BASELINE, WITH_BYOL = "without BYOL", "with BYOL"
@@ -104,12 +107,16 @@ class Setup(NamedTuple):
 
 def compare(c: SimpleNamespace) -> None:
     """Train what is missing of every seed, arm and budget; leaves the table, results.json, classifier.pt, figures."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("the comparison is one process: start it without torchrun")
     encoders = adopt_runs(c)
     c.EPOCHS = (40 if c.INIT == "random" else 10) if c.EPOCHS == "auto" else c.EPOCHS
     folder, device = run_folder(*c.RUN), select_device(c.DEVICE)
     c.PRECISION = select_precision(c.PRECISION, device)
     with only_writer(folder):
         train, test = (load_labelled(c, split, device) for split in ("train", "test"))
+        if getattr(c, "labelled", None) not in (None, train.stamp()):
+            raise UserError(f"DATASET {c.DATASET} has another train/ than that of {as_text(c.RUN)}: set it to run")
         check_constants(c, len(encoders), train)
         arms = [BASELINE] + [WITH_BYOL] * bool(encoders)
         results = open_results(c, folder, encoders, train, test)
@@ -298,12 +305,15 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
         runs.append(run := read_json(config, "constants")["constants"])
         for constant in OF_THE_RUN:
             value, of_run = getattr(c, constant), KINDS[constant](run[constant])
-            same_file = constant == "INIT" and digest_of_file(value) == run.get("INIT_SHA256") != ""
-            if value not in ("run", of_run) and not same_file:
+            moved = {"INIT": digest_of(value) == run.get("INIT_SHA256"),
+                     "DATASET": run.get("LABELLED") and Path(value).is_dir()}.get(constant)
+            if constant == "DATASET" and moved and value != of_run:
+                c.labelled = run["LABELLED"]  # what the train/ there has to be
+            if value not in ("run", of_run) and not moved:
                 raise UserError(f"{constant} {value} contradicts {config}, which says {of_run}: set it to run, or "
                                 f"pretrain a run with it ({flag(constant)})")
             setattr(c, constant, of_run if value == "run" else value)
-        if run.get("INIT_SHA256", now := digest_of_file(c.INIT)) != now:
+        if run.get("INIT_SHA256", now := digest_of(c.INIT)) != now:
             raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
         differ = [f"{name} {as_text(value)} and {as_text(runs[0].get(name))}" for name, value in sorted(run.items())
                   if name not in MAY_DIFFER and value != runs[0].get(name)]
@@ -319,7 +329,7 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
 
 
 def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split:
-    found = load_split(c.DATASET, split, c.DATA_ROOT, c.IMAGE_SIZE)
+    found = load_split(c.DATASET, split, c.DATA_ROOT, c.IMAGE_SIZE, c.MAX_UNREADABLE)
     if found is None:
         raise UserError(f"DATASET {c.DATASET!r} has no {split}/: the classifier needs {split}/<class>/ with images")
     if len(found.classes) < 2:  # a subset may then be a single image, of which BatchNorm learns nothing
@@ -354,9 +364,8 @@ def check_constants(c: SimpleNamespace, runs: int, train: Split) -> None:
 def open_results(c: SimpleNamespace, folder: Path, encoders: list[Path], train: Split, test: Split) -> dict:
     """Results so far, from which the comparison goes on; none with --overwrite. Raises UserError where they are of
     another version, of other constants, or of another encoder, INIT or other images."""
-    inputs = {f"encoder.pt (number {i} of RUN)": digest_of_file(file) for i, file in enumerate(encoders)}
-    inputs |= {"INIT": digest_of_file(c.INIT) or c.INIT, "train/ of DATASET": train.stamp(),
-               "test/ of DATASET": test.stamp()}
+    inputs = {f"encoder.pt (number {i} of RUN)": digest_of(file) for i, file in enumerate(encoders)}
+    inputs |= {"INIT": digest_of(c.INIT), "train/ of DATASET": train.stamp(), "test/ of DATASET": test.stamp()}
     file = folder / "results.json"
     for name in ("results.json", "classifier.pt", "label_efficiency.png", "neighbors.png") if c.overwrite else ():
         (folder / name).unlink(missing_ok=True)

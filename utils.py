@@ -72,8 +72,10 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
     except OSError as error:
         message = (f"cannot read or write {error.filename or 'a file'} ({error.strerror or one_line(error)}): make "
                    "space, or check its permissions; what was saved before is whole")
-    except torch.OutOfMemoryError as error:
-        message = f"the GPU's memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE"
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and not re.search("allocate memory|bad_alloc", str(error)):  # torch's on a CPU
+            raise
+        message = f"memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE"
     print(f"error: {message}", file=sys.stderr)
     return 1
 
@@ -356,6 +358,8 @@ def environment(device: torch.device) -> dict:
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Rank and number of processes; under torchrun they join one group, alone this is 0 and 1."""
     if "RANK" in os.environ and not dist.is_initialized():
+        if missing := {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"} - os.environ.keys():
+            raise UserError(f"RANK is set, but not {', '.join(sorted(missing))}: unset it, or start by torchrun")
         on_gpu = device.type == "cuda"  # left to itself, torch takes NCCL for any run where it sees a GPU
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                                 timeout=timedelta(hours=2))  # rank 0 may download and decode while the others wait

@@ -4,12 +4,15 @@ import shutil
 import struct
 import threading
 import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from data import (PATTERNS, batches, decode_image, fetch, image_files, load_folds, load_for_pretraining, load_split,
@@ -127,11 +130,56 @@ def test_images_of_every_kind_become_rgb(tmp_path, suffix, mode):
         assert np.ptp(pixels[:, 8, 8].astype(int)) < 3
 
 
-def test_sixteen_bits_a_pixel_are_not_clipped(tmp_path):
+def test_gray_images_of_more_than_8_bits_share_the_scale_of_the_one_that_uses_the_most(tmp_path):
+    """A microscope's 12 bits in a file of 16 are not near black."""
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "x.png")
-    pixels = decode_image(tmp_path / "x.png", 64)
-    assert np.abs(pixels[0].astype(float) - ramp / 257).max() < 2
+    top = tmp_path / "images" / "unlabeled"
+    top.mkdir(parents=True)
+    for name, pixels in (("a.png", ramp >> 6), ("b.tif", ramp >> 4), ("c.png", (ramp >> 8).astype(np.uint8))):
+        Image.fromarray(pixels).save(top / name)
+    assert decode_image(top / "b.tif", 64, bits=10) == 12
+    pixels = load(tmp_path / "images", "unlabeled", size=64).pixels[:, 0].float()
+    expected = torch.from_numpy(ramp / 257).float()
+    for image, scale in zip(pixels, (1 / 4, 1, 1)):
+        torch.testing.assert_close(image, expected * scale, atol=2, rtol=0)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "x.tif")
+    assert "floating-point" in decode_image(tmp_path / "x.tif", 64), "its range is anybody's guess"
+
+
+@pytest.mark.parametrize("mode, suffix", [
+    ("LA", "png"), ("RGBA", "png"), ("RGBA", "webp"), ("P", "png"), ("RGB", "png"), ("L", "png"), ("PA", "tif"),
+    ("RGBA", "jp2")])
+def test_transparency_lies_on_white(tmp_path, mode, suffix):
+    """Black ink on transparent black."""
+    image, options = Image.new("RGBA", (32, 32)), {}
+    image.paste((0, 0, 0, 255), (0, 0, 32, 16))
+    if mode in ("RGB", "L", "P"):  # one colour is transparent
+        image = Image.new("L", (32, 32), 7)
+        image.paste(0, (0, 0, 32, 16))
+        image, options = image.convert(mode), {"transparency": (7, 7, 7) if mode == "RGB" else 7}
+    elif mode == "PA":
+        image = Image.merge("LA", (image.getchannel(0), image.getchannel(3)))
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / f"x.{suffix}", **options)
+    pixels = decode_image(tmp_path / f"x.{suffix}", 16)
+    assert pixels[:, :6].max() < 30 and pixels[:, -6:].min() > 225
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JPG", "tif", "tiff", "gif", "avif", "jp2", "ppm", "pgm", "apng"])
+def test_other_endings_are_images_too(tmp_path, suffix):
+    if f".{suffix.lower()}" not in data.ENDINGS:
+        pytest.skip("this Pillow has no such format")
+    Image.new("RGB", (20, 20), (200, 40, 90)).save(tmp_path / f"x.{suffix}")
+    assert image_files(tmp_path, Counter()) == [tmp_path / f"x.{suffix}"]
+    pixels = decode_image(tmp_path / f"x.{suffix}", 16)
+    assert suffix == "pgm" or np.abs(pixels[:, 8, 8].astype(int) - [200, 40, 90]).max() < 12
+
+
+def test_files_that_start_other_programs_are_never_opened(tmp_path):
+    assert not {".eps", ".ps", ".wmf", ".emf"} & data.ENDINGS.keys()
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    assert "cannot identify" in decode_image(tmp_path / "x.png", 16)
 
 
 def test_short_side_is_resized_and_the_centre_kept(tmp_path):
@@ -142,16 +190,36 @@ def test_short_side_is_resized_and_the_centre_kept(tmp_path):
     assert (shown[:, :, 1:-1] == 255).all() and shown.min() > 200  # the outermost columns are resampled with the black
 
 
-def test_exif_orientation_is_honoured_and_damaged_exif_is_an_image_that_cannot_be_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tag, value", [(0x11A, b"72\0\0"), (0x103, b"\6\0\0\0"), (0x8769, b"\0\0\0\1")])
+def test_the_orientation_alone_is_read_of_odd_exif(tmp_path, tag, value):
+    """A phone's XResolution as text, a compression as text, a pointer that leads out of the file."""
     image = Image.new("RGB", (32, 32))
     image.paste((255, 255, 255), (0, 0, 32, 16))  # white above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # to be shown upside down
+    kind, length = (4, 1) if tag == 0x8769 else (2, 3)
+    exif = (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHII", 0x112, 3, 1, 3)
+            + struct.pack("<HHI4s", tag, kind, length, value) + struct.pack("<I", 0))
     image.save(tmp_path / "x.jpg", exif=exif)
     pixels = decode_image(tmp_path / "x.jpg", 16)
-    assert pixels[:, :6].max() < 30 and pixels[:, -6:].min() > 225
-    monkeypatch.setattr(data.ImageOps, "exif_transpose", Mock(side_effect=struct.error("unpack requires 12 bytes")))
-    assert decode_image(tmp_path / "x.jpg", 8) == "unpack requires 12 bytes"
+    assert pixels[:, :6].max() < 30 and pixels[:, -6:].min() > 225, "upside down"
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\10\0\7"])
+def test_an_image_whose_exif_cannot_be_read_is_taken_as_it_is_stored(tmp_path, exif):
+    image = Image.new("RGB", (32, 32))
+    image.paste((255, 255, 255), (0, 0, 32, 16))
+    image.save(tmp_path / "x.jpg", exif=exif)
+    pixels = decode_image(tmp_path / "x.jpg", 16)
+    assert pixels[:, :6].min() > 225 and pixels[:, -6:].max() < 30
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_each_orientation_is_what_pillow_makes_of_it(tmp_path, turn, generator):
+    pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator).numpy()
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))).transpose(2, 0, 1)
+    assert np.array_equal(decode_image(tmp_path / "x.png", 16), expected)
 
 
 def test_what_is_hidden_is_no_image_and_links_to_folders_are_followed(tmp_path):
@@ -159,19 +227,19 @@ def test_what_is_hidden_is_no_image_and_links_to_folders_are_followed(tmp_path):
     for name in ("a.png", ".b.png", "deep/c.png", ".hidden/d.png", "deep/.thumbnails/e.png", "../elsewhere/f.png"):
         (top / name).parent.mkdir(exist_ok=True, parents=True)
         (top / name).touch()
-    assert image_files(top) == [top / "a.png", top / "deep" / "c.png"]
+    assert image_files(top, Counter()) == [top / "a.png", top / "deep" / "c.png"]
     (top / "link").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(top)  # a circle: every image again, and again
     (top / "shown").symlink_to(top / ".hidden")
-    assert image_files(top) == [top / "a.png", top / "deep" / "c.png", top / "link" / "f.png", top / "shown" / "d.png"]
+    assert image_files(top, Counter()) == [top / name for name in ("a.png", "deep/c.png", "link/f.png", "shown/d.png")]
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        image_files(tmp_path / "nowhere")  # not taken for an empty one
+        image_files(tmp_path / "nowhere", Counter())  # not taken for an empty one
 
 
 def test_a_folder_is_decoded_once_and_a_torn_cache_is_made_again(tmp_path, monkeypatch, capsys):
     root = write_folder(tmp_path / "images")
     first = load(root, "train").pixels.clone()
-    assert capsys.readouterr().out == f"decoding 6 images of {root / 'train'}, once\n"
+    assert capsys.readouterr().out == f"decoding 6 images of {root / 'train'}, once, into 0.00 GB\n"
     with monkeypatch.context() as patch:
         patch.setattr(data, "decode_image", lambda *a: pytest.fail("decoded again"))
         assert torch.equal(load(root, "train").pixels, first) and not capsys.readouterr().out
@@ -207,16 +275,79 @@ def test_several_processes_decode_as_one_does_and_skip_what_is_broken(tmp_path, 
     monkeypatch.setattr(data, "FILES_OF_A_WORKER", 40)
     os.utime(root / "train" / "a" / "0.png", ns=(1, 1))
     assert torch.equal(load(root, "train").pixels, one.pixels) and workers == [0, 3]
-    assert capsys.readouterr().out.count("skipped 1 of 120") == 2
+    assert capsys.readouterr().out.count("skipped: 1 of 120 images") == 2
 
 
-def test_too_many_images_that_cannot_be_read_end_the_run(tmp_path, monkeypatch):
+def test_all_images_that_cannot_be_read_are_listed_and_nothing_is_decoded_again(tmp_path, monkeypatch, capsys):
     root = write_folder(tmp_path / "images")
-    (root / "train" / "a" / "1.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 of 6 images .* cannot be read, more than 1%.*1\.png"):
+    broken = [root / "train" / name for name in ("a/1.png", "b/2.png")]
+    for file in broken:
+        file.write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"2 of 6 images .*/train cannot be read \(named in .*\.unreadable\.txt\), more "
+                                        "than MAX_UNREADABLE, 1.0%: delete them, or raise it") as error:
         load(root, "train")
-    monkeypatch.setattr(data, "MAX_PIXELS", 399)
-    assert decode_image(root / "train" / "a" / "0.png", 16) == "20x20 pixels", "a decompression bomb"
+    listed = Path(str(error.value).split("named in ")[1].split(")")[0]).read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == [str(file) for file in broken]
+    monkeypatch.setattr(data, "decode_files", lambda *a: pytest.fail("decoded again"))
+    raised = load_split(str(root), "train", str(tmp_path / "cache_root"), 16, 0.5)
+    assert len(raised.pixels) == 4 and raised.labels.tolist() == [0, 0, 1, 1]
+    assert "skipped: 2 of 6 images" in capsys.readouterr().out
+    for file in broken:
+        file.unlink()
+    deleted = load(root, "train")
+    assert torch.equal(deleted.pixels, raised.pixels) and deleted.labels.tolist() == [0, 0, 1, 1]
+    monkeypatch.undo()
+    Image.new("RGB", (20, 20)).save(broken[0])  # mended
+    assert len(load(root, "train").pixels) == 5
+
+
+def test_a_large_photograph_is_read_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    Image.new("RGB", (640, 480), (200, 40, 90)).save(tmp_path / "x.jpg")
+    Image.new("RGB", (640, 480), (200, 40, 90)).save(tmp_path / "x.png")
+    monkeypatch.setattr(data, "MAX_PIXELS", 80_000)
+    assert np.abs(decode_image(tmp_path / "x.jpg", 16)[:, 8, 8].astype(int) - [200, 40, 90]).max() < 12
+    assert decode_image(tmp_path / "x.png", 16) == "640x480 pixels, more than 80,000", "a decompression bomb"
+    assert Image.MAX_IMAGE_PIXELS is None, "Pillow's own limit knows nothing of the fraction"
+
+
+def test_decoding_needs_space_and_processes(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "images")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=4607))  # a byte less than 6 images
+        with pytest.raises(UserError, match="has 0.00 GB free: make space, or choose another DATA_ROOT"):
+            load(root, "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "DataLoader", Mock(side_effect=OSError(30, "Read-only file system")))
+        with pytest.raises(UserError, match="cannot start .*Read-only file system.*/dev/shm"):
+            load(root, "train")
+    monkeypatch.setattr(data, "decode_images", Mock(side_effect=RuntimeError("DataLoader worker (pid 7) is killed")))
+    monkeypatch.setattr(data, "DataLoader", lambda files, collate_fn, **k: (collate_fn([file]) for file in files))
+    with pytest.raises(UserError, match="was killed .*pid 7.*is memory short"):
+        load(root, "train")
+    assert not [file for file in (tmp_path / "cache_root" / "cache").iterdir() if file.suffix != ".txt"]
+
+
+def test_what_is_no_image_is_counted(tmp_path, capsys):
+    root = write_folder(tmp_path / "images")
+    for name in ("a/1.heic", "a/2.HEIC", "a/notes", "b/3.txt", "b/.hidden"):
+        (root / "train" / name).touch()
+    load(root, "train")
+    out = capsys.readouterr().out
+    assert f"left out of {root / 'train'}: 2 .heic, 1 without an ending, 1 .txt\n" in out
+    for file in (root / "train" / "b").glob("*.png"):
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(UserError, match="train/b holds no images of class 'b', but 5 .heic, 1 without an ending"):
+        load(root, "train")
+
+
+@pytest.mark.parametrize("link", ["unlabeled", "unlabeled/more", "train", "train/c"])
+def test_a_link_to_a_folder_that_is_not_there_is_an_error(tmp_path, link):
+    root = write_folder(tmp_path / "images")
+    if (root / link).exists():
+        shutil.rmtree(root / link)
+    (root / link).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=f"/{link} is a link that leads nowhere .to .*unmounted"):
+        load_for_pretraining(str(root), str(tmp_path / "cache_root"), 16)
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -50,12 +50,15 @@ class Code:
 def test_weights_that_cannot_be_had_or_do_not_fit_are_named(tmp_path):
     whole = torchvision.models.resnet34().state_dict()
     torch.save(whole, tmp_path / "whole.pt")
-    torn = (tmp_path / "whole.pt").read_bytes()[:1000]
+    torn, own = (tmp_path / "whole.pt").read_bytes()[:1000], torchvision.models.resnet18().state_dict()
     for content, message in [
             (None, "is neither 'imagenet', 'random' nor a file with weights"), (b"", "is no weights file"),
             (torn, "is no weights file"), ({"weights": Code()}, "is no weights file"), (whole, "do not fit ENCODER"),
-            ({"model": {}, "step": 3}, "is no state dict"), ([torch.ones(1)], "is no state dict"),
-            ({"conv1.weight": torch.full((1,), torch.nan)}, "holds weights that are no finite numbers")]:
+            ({"model": {}, "step": 3}, "holds no state dict"), ([torch.ones(1)], "holds no state dict"),
+            ({"net": {"backbone." + name: value for name, value in whole.items()}}, "do not fit .* of net backbone"),
+            ({"q": own, "k": own}, r"holds the weights of several networks \(q, k\): save one alone"),
+            ({**own, "projector.weight": torch.ones(1)}, "do not fit ENCODER: 1 tensors .* projector.weight"),
+            ({**own, "conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, "holds weights that are no finite numbers")]:
         file = tmp_path / "weights.pt"
         if isinstance(content, bytes):
             file.write_bytes(content)
@@ -65,6 +68,21 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_named(tmp_path):
             build_encoder("resnet18", str(file), 0)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("container", ["", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "backbone.", "module.encoder_q.", "_orig_mod.net."])
+def test_weights_are_found_in_one_container_and_behind_one_prefix(tmp_path, capsys, container, prefix):
+    """With a classifier, and beside what else a checkpoint holds."""
+    weights = torchvision.models.resnet18().state_dict()
+    content = {prefix + name: value for name, value in weights.items()} | {f"{prefix}fc.0.weight": torch.ones(3)}
+    if prefix:
+        content |= {"queue": torch.ones(4, 4), "predictor.0.weight": torch.ones(2, 2)}
+    torch.save({container: content, "epoch": 7, "optimizer": {"state": {}}} if container else content, tmp_path / "x.pt")
+    encoder, _ = build_encoder("resnet18", str(tmp_path / "x.pt"), seed=0)
+    assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
+    place = f"{container} {prefix}".strip()
+    assert capsys.readouterr().out == f"taking the weights of {place} from {tmp_path / 'x.pt'}\n" * bool(place)
 
 
 def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch):
@@ -82,8 +100,8 @@ def test_the_exported_weights_have_plain_memory_and_digests_tell_files_apart(tmp
     assert weight.is_contiguous() and torch.equal(weight, network.weight) and not weight.requires_grad
     for name in "abc":
         (tmp_path / name).write_text("x" if name == "c" else "y")
-    a, b, c, absent = (encoders.digest_of_file(tmp_path / name) for name in ("a", "b", "c", "absent"))
-    assert a == b != c and absent == ""
+    a, b, c, absent = (encoders.digest_of(tmp_path / name) for name in ("a", "b", "c", "absent"))
+    assert a == b != c and absent == str(tmp_path / "absent") and encoders.digest_of("random") == "random"
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions

@@ -112,7 +112,7 @@ def test_folders_that_cannot_be(begun, capsys, monkeypatch):
     Path("images/test/zebra").mkdir()
     refused(capsys, train_classifier, COMPARE, "images/test/zebra", "'zebra' is not in")
     Path("images/unlabeled/some/depth/3.png").write_bytes(b"")
-    refused(capsys, train_byol, ANEW, "1 of 20 images in", "images/unlabeled cannot be read", "3.png")
+    refused(capsys, train_byol, ANEW, "1 of 20 images in", "images/unlabeled cannot be read", ".unreadable.txt")
     scandir = os.scandir
 
     def unreadable(path="."):  # file modes do not keep root from reading
@@ -128,12 +128,14 @@ def test_folders_that_cannot_be(begun, capsys, monkeypatch):
 def test_broken_images_among_many_are_skipped_and_named(tmp_path, small, capsys):
     write_folder(tmp_path / "images", unlabeled=400)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save("whole.png")
-    Image.new("RGB", (20, 20)).save("x.gif")
-    for i, content in enumerate((b"", b"no image", Path("whole.png").read_bytes()[:2000], Path("x.gif").read_bytes())):
+    Image.new("RGB", (20, 20)).save("x.ico")
+    for i, content in enumerate((b"", b"no image", Path("whole.png").read_bytes()[:2000], Path("x.ico").read_bytes())):
         Path(f"images/unlabeled/some/depth/{i}.png").write_bytes(content)
     assert train_byol.main(PARTS) == 0
     out = capsys.readouterr().out
-    assert "skipped 4 of 400 images" in out and all(f"/{i}.png" in out for i in range(4)) and "BYOL: 396 images" in out
+    listed = next(Path("data/cache").glob("*.unreadable.txt")).read_text()
+    assert "skipped: 4 of 400 images" in out and all(f"/{i}.png: " in listed for i in range(4))
+    assert "BYOL: 396 images" in out
 
 
 def test_stl10_files_that_cannot_be(begun, capsys, monkeypatch):
@@ -165,7 +167,7 @@ def test_changed_constants_and_images_are_named_and_refused(begun, capsys):
     Path("runs/parts/config.json").unlink()  # which loses nothing, and lets nothing be mixed up
     refused(capsys, train_byol, [*PARTS, "--seed", "9"], "checkpoint.pt has other constants: SEED 0 -> 9; set")
     Image.new("RGB", (20, 20)).save("images/unlabeled/new.png")
-    refused(capsys, train_byol, PARTS, "has 21 images, and 20 when the run was begun")
+    refused(capsys, train_byol, PARTS, "has 21 images, and they are not the 20 that the run was begun with")
 
 
 def test_another_spelling_of_a_path_changes_nothing(begun, capsys, monkeypatch):
@@ -176,6 +178,25 @@ def test_another_spelling_of_a_path_changes_nothing(begun, capsys, monkeypatch):
         assert train_classifier.main([*COMPARE, "--dataset", spelling]) == 0
     assert train_byol.main([*PARTS, "--dataset", f"{begun}/images"]) == 0 and "from step 3" in capsys.readouterr().out
     assert same(weights("tiny"), weights("parts"))
+
+
+def test_data_and_weights_that_were_moved_are_the_same(begun, capsys):
+    """As a batch system's scratch is, another one for each job. Other images or weights at another place are not."""
+    first = [*PRETRAIN, "second", "--init", "runs/tiny/encoder.pt"]
+    assert train_byol.main([*first, "--epochs", "1"]) == 0
+    shutil.copytree("runs/tiny", "elsewhere")
+    Path("images").rename("moved")
+    assert train_byol.main([*PARTS, "--dataset", "moved"]) == 0 and "from step 3" in capsys.readouterr().out
+    assert same(weights("tiny"), weights("parts"))
+    moved = [*first, "--epochs", "1", "--dataset", "moved", "--init"]
+    assert train_byol.main([*moved, "elsewhere/encoder.pt"]) == 0 and "is finished" in capsys.readouterr().out
+    refused(capsys, train_byol, [*moved, "random"], "INIT ", "encoder.pt -> random")
+    compare = [*COMPARE, "--dataset"]
+    assert train_classifier.main([*compare, "moved"]) == 0
+    assert train_classifier.main([*compare, "moved", "--run", "second", "--init", "elsewhere/encoder.pt"]) == 0
+    Image.new("RGB", (20, 20)).save("moved/train/a/0.png")
+    refused(capsys, train_classifier, [*compare, "moved"], "/moved has another train/ than that of tiny: set it to run")
+    refused(capsys, train_classifier, [*compare, "patterns"], "DATASET patterns contradicts runs/tiny/config.json")
 
 
 def test_a_run_continues_in_its_own_precision_and_number_of_threads(tmp_path, small, monkeypatch, capsys):

@@ -66,6 +66,7 @@ def test_flags_win_over_the_demo_and_the_demo_over_the_file():
 
 VALUES = {  # of each constant: what it may be, the first unlike what a script says or what auto is; and what it may not
     "DATASET": (["patterns", "some/folder"], []), "DATA_ROOT": (["elsewhere", "~/data"], []), "RUN": (["other", 7], []),
+    "MAX_UNREADABLE": ([0.2, 1], [2]),
     "IMAGE_SIZE": ([32, "48", 64.0], [15, "large", 32.5]), "CROP_AREA": ([0.4, 1], [0, "nan"]), "SEED": ([1], [0.5]),
     "BLUR_P": ([(0.5, 0), [1, 1], "0, 0.1"], [0.5, (1, 2)]), "JITTER": ([0.2, 2], [-1]), "LOG_EVERY": ([5], [0]),
     "ENCODER": (["resnet34"], []), "INIT": (["random", "first.pt"], []), "BATCHNORM": (["batch", "auto"], ["thawed"]),
@@ -127,7 +128,9 @@ def test_a_run_name_cannot_leave_the_runs_folder(name):
 def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     for error, line in ((UserError("no such"), "no such"), (OSError("off"), "cannot read or write a file (off"),
                         (OSError(28, "Full", "runs/x"), "cannot read or write runs/x (Full): make space, or check"),
-                        (torch.OutOfMemoryError("50 GiB\nmore"), "the GPU's memory is exhausted (50 GiB more")):
+                        (torch.OutOfMemoryError("50 GiB\nmore"), "memory is exhausted (50 GiB more"),
+                        (MemoryError("7 GiB"), "memory is exhausted (7 GiB"),
+                        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "memory is exhausted (Default")):
         assert run_script(Mock(side_effect=error), vars(train_byol), []) == 1
         assert re.fullmatch(re.escape(f"error: {line}") + ".*\n", capsys.readouterr().err)
     with pytest.raises(ZeroDivisionError):
