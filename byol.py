@@ -66,24 +66,18 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     return 2 - 2 * F.cosine_similarity(p.float(), z.detach().float(), dim=-1)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, child: str = "", factor: float = 1) -> list[dict]:
-    """Optimizer groups: matrices and convolutions decay; BatchNorm and biases, the 1-D parameters, do not. The child
-    module of that name learns `factor` times as fast as all else, its groups' `scale`. In BYOL it is the predictor: one
-    that is ahead keeps features from collapsing into few directions (the paper wants it near-optimal)."""
+def build_optimizer(module: nn.Module, weight_decay: float, child: str = "", factor: float = 1) -> torch.optim.SGD:
+    """SGD with momentum 0.9; `set_learning_rate` sets the rate of each step. Matrices and convolutions decay; BatchNorm
+    and biases, the 1-D parameters, do not. The child module of that name learns `factor` times as fast as all else, its
+    groups' `scale`. In BYOL it is the predictor: one that is ahead keeps features from collapsing into few directions
+    (the paper wants it near-optimal)."""
     groups = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
             scale = factor if name.startswith(f"{child}.") else 1
             groups.setdefault((p.ndim > 1, scale), []).append(p)
-    return [{"params": parameters, "weight_decay": weight_decay * decays, "scale": scale}
-            for (decays, scale), parameters in groups.items()]
-
-
-def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW. The rate is set in each step, by `set_learning_rate`."""
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.SGD([{"params": parameters, "weight_decay": weight_decay * decays, "scale": scale}
+                            for (decays, scale), parameters in groups.items()], lr=0.0, momentum=0.9, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

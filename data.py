@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import STL10
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.transforms.v2 import functional as tv
 
 from utils import UserError, count, one_line, progress, say, seeded_generator, whole_file, write_json
@@ -30,8 +30,8 @@ from views import send
 
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
-PATTERN_COUNTS = {"unlabeled": 4000, "train": 200, "test": 1000}
-CELLS = 3  # of the patchwork that each pattern image is
+PATTERN_COUNTS = {"unlabeled": 4000, "train": 2000, "test": 1000}
+NOISE = 0.3  # standard deviation of what lies over the patterns, of pixels from 0 to 1
 PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
 MAX_PIXELS = 100_000_000  # of an image as it is decoded; more is taken for a decompression bomb
 FILES_OF_A_WORKER = 500  # images, at least, that a worker process is started for
@@ -114,12 +114,19 @@ def load_folds(data_root: str, n: int) -> list[Tensor]:
 
 
 def download_stl10(root: Path, missing: Path) -> None:
-    """Download and unpack STL-10 (2.6 GB) into `root`/stl10_binary; torchvision checks the archive's checksum."""
+    """Download STL-10 (2.6 GB), unless its archive is in `root`, and unpack it into `root`/stl10_binary; torchvision
+    checks the archive's checksum. An archive that was there already is not deleted."""
     unpacking = root / "stl10_unpacking"  # renamed when whole, so a torn unpacking is never taken for the data
+    archive = root / STL10.filename
     try:
-        say(f"downloading STL-10 (2.6 GB, once) to {root}")
+        if was_there := archive.exists():
+            say(f"unpacking {archive}")
+            if not check_integrity(str(archive), STL10.tgz_md5):
+                raise UserError(f"{archive} is torn: delete it, or complete it by curl -C - -o {archive} {STL10.url}")
+        else:
+            say(f"downloading STL-10 (2.6 GB, once) to {root}")
         download_and_extract_archive(STL10.url, str(root), str(unpacking), STL10.filename, STL10.tgz_md5,
-                                     remove_finished=True)
+                                     remove_finished=not was_there)
         shutil.copytree(unpacking / "stl10_binary", missing.parent, dirs_exist_ok=True, copy_function=os.replace)
         shutil.rmtree(unpacking)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError is a wrong checksum
@@ -327,55 +334,39 @@ def wave(phase: Tensor) -> Tensor:
     return torch.sin(2 * math.pi * phase)
 
 
-PATTERNS = {  # of a cell's own axes u and v, the distance r from its centre, in wavelengths, and blobs b: some -1 to 1
-    "stripes": lambda u, v, r, b: wave(u),
-    "checks": lambda u, v, r, b: torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),
-    "dots": lambda u, v, r, b: 2 * torch.exp(-18 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2)) - 1,
-    "rings": lambda u, v, r, b: wave(r),
-    "waves": lambda u, v, r, b: wave(u + wave(v / 3) / 2),
-    "bricks": lambda u, v, r, b: (((u / 2 + v.floor() / 2) % 1 < 0.1) | (v % 1 < 0.2)) * 2.0 - 1,
-    "blobs": lambda u, v, r, b: (b / b.std(dim=(1, 2), keepdim=True)).clamp(-2, 2),
-    "grid": lambda u, v, r, b: ((u % 1 < 0.2) | (v % 1 < 0.2)) * 2.0 - 1,
-    "zigzag": lambda u, v, r, b: torch.tanh(3 * wave(u + (2 * (v % 1) - 1).abs())),
-    "honeycomb": lambda u, v, r, b: (wave(u) + wave(-u / 2 + 0.866 * v) + wave(-u / 2 - 0.866 * v)) / 1.5,
-}
+PATTERNS = {  # -1 to 1, of an image's own axes u and v and the distance r from its own centre, in wavelengths
+    "stripes": lambda u, v, r: wave(u),
+    "checks": lambda u, v, r: torch.tanh(3 * wave(u / 1.4) * wave(v / 1.4)),
+    "dots": lambda u, v, r: 2 * torch.exp(-18 * ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2)) - 1,
+    "rings": lambda u, v, r: wave(r),
+    "waves": lambda u, v, r: wave(u + wave(v / 3) / 2),
+    "bricks": lambda u, v, r: (((u / 2 + v.floor() / 2) % 1 < 0.1) | (v % 1 < 0.2)) * 2.0 - 1,
+    "scales": lambda u, v, r: wave(1.5 * torch.hypot((u + v.floor() / 2) % 1 - 0.5, v % 1)),
+    "grid": lambda u, v, r: ((u % 1 < 0.2) | (v % 1 < 0.2)) * 2.0 - 1,
+    "zigzag": lambda u, v, r: torch.tanh(3 * wave(u + (2 * (v % 1) - 1).abs())),
+    "honeycomb": lambda u, v, r: (wave(u) + wave(-u / 2 + 0.866 * v) + wave(-u / 2 - 0.866 * v)) / 1.5}
 
 
 def draw_patterns(n: int, size: int, generator: torch.Generator) -> Split:
-    """Ten kinds of texture, nearly without colour, in a patchwork: the --demo data, drawn in a moment. Each image shows
-    one kind in a few cells, and every cell turns, scales, shifts and shades it in its own way. So two crops of an image
-    share little but the kind, which is what BYOL is to find. (Textures that are alike all over an image give it
-    orientation and brightness to agree on, and colourful ones their colour.)"""
-    def uniform(low, high, *shape):
-        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+    """Ten kinds of texture in gray: the --demo data, drawn in a moment. Every image turns, scales, shifts and shades
+    its texture in its own way and lies under noise of its own, of which random features see much. Two crops of an image
+    share the texture and its direction, but no brightness and little of the noise: that is what BYOL can find."""
+    def uniform(low, high):
+        return torch.rand(n, 1, 1, generator=generator) * (high - low) + low
 
-    def of_cell(values):  # [N,CELLS] -> [N,S,S]
-        return values.gather(1, cell.flatten(1)).view(n, size, size)
-
-    unit = size / 32  # wavelengths below are for 32 pixels a side
-    y, x = torch.arange(size).view(1, -1, 1).float(), torch.arange(size).view(1, 1, -1).float()
-    center_y, center_x = uniform(0, size, CELLS), uniform(0, size, CELLS)
-    distance = torch.hypot(y[..., None] - center_y[:, None, None], x[..., None] - center_x[:, None, None])
-    cell = distance.argmin(dim=3)  # the nearest centre: a Voronoi patchwork
-
-    wavelength = of_cell(unit * 8 * 1.5 ** uniform(0, 1, CELLS))  # 8 to 12 pixels
-    angle, shift_u, shift_v = (of_cell(uniform(0, 1, CELLS)) for _ in range(3))
+    y, x = torch.arange(size).view(-1, 1), torch.arange(size)
+    wavelength, angle = size / 32 * uniform(8, 12), uniform(0, 1)
     cos, sin = wave(angle + 0.25), wave(angle)
-    u = (x * cos + y * sin) / wavelength + shift_u  # the cell's own axes, in wavelengths
-    v = (y * cos - x * sin) / wavelength + shift_v
-    radius = distance.amin(dim=3) / wavelength + shift_u
-
-    noise = torch.fft.rfft2(torch.randn(n, size, size, generator=generator))
-    frequency = torch.fft.fftfreq(size).view(-1, 1) ** 2 + torch.fft.rfftfreq(size) ** 2
-    low_pass = torch.exp(-2 * (math.pi * uniform(2, 3, 1, 1) * unit) ** 2 * frequency)
-    blobs = torch.fft.irfft2(noise * low_pass, (size, size))
-    field = torch.empty(n, size, size)
+    u = (x * cos + y * sin) / wavelength + uniform(0, 1)
+    v = (y * cos - x * sin) / wavelength + uniform(0, 1)
+    radius = torch.hypot(x - uniform(0, size), y - uniform(0, size)) / wavelength
+    labels, field = torch.arange(n) % len(PATTERNS), torch.empty(n, size, size)
     for k, texture in enumerate(PATTERNS.values()):
-        field[k::len(PATTERNS)] = texture(*(values[k::len(PATTERNS)] for values in (u, v, radius, blobs)))
-    contrast = of_cell(uniform(0.48, 0.64, CELLS) * torch.where(uniform(0, 1, CELLS) < 0.5, -1.0, 1.0))
-    pixels = (of_cell(uniform(0.4, 0.6, CELLS)) + contrast * field)[:, None].expand(-1, 3, -1, -1)
-    pixels = pixels + 0.02 * torch.randn(n, 1, size, size, generator=generator)
-    return Split((pixels.clamp(0, 1) * 255).round().to(torch.uint8), torch.arange(n) % len(PATTERNS), list(PATTERNS))
+        field[labels == k] = texture(*(values[labels == k] for values in (u, v, radius)))
+    contrast = uniform(0.48, 0.64) * torch.where(uniform(-1, 1) < 0, -1, 1)
+    pixels = uniform(0.4, 0.6) + contrast * field + NOISE * torch.randn(n, size, size, generator=generator)
+    pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Split(pixels[:, None].expand(-1, 3, -1, -1), labels, list(PATTERNS))
 
 
 def place(pixels: Tensor, device: torch.device) -> Tensor:

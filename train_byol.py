@@ -12,10 +12,9 @@ import contextlib
 import shlex
 import signal
 import sys
-import textwrap
 import time
 from functools import partial
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
-from byol import BYOL, build_optimizer, learning_rate, parameter_groups, set_learning_rate, target_decay
+from byol import BYOL, build_optimizer, learning_rate, set_learning_rate, target_decay
 from data import Split, batch_indices, batches, load_for_pretraining, place
 from encoders import build_encoder, digest_of, plain_state_dict
 from evaluate import monitor, scores_of, verdict
@@ -48,15 +47,14 @@ JITTER = "auto"  # strength of the colour jitter, as a multiple of the paper's
 ENCODER = "resnet18"  # any torchvision ResNet by name
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
 BATCHNORM = "auto"  # of the encoder: batch, or frozen: the statistics of INIT
-HIDDEN_DIM = "auto"  # width of projector and predictor
+HIDDEN_DIM = 1024  # width of projector and predictor (paper: 4096)
 PROJECTION_DIM = 256  # of the vectors that are compared
 # Training
 EPOCHS = 10  # passes over the unlabeled images
-BATCH_SIZE = "auto"  # images a step, over all GPUs together
-OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = "auto"  # peak rate per 256 images
-PREDICTOR_RATE = "auto"  # how many times as fast the predictor learns
-WEIGHT_DECAY = "auto"  # of matrices and convolutions alone
+BATCH_SIZE = 256  # images a step, over all GPUs together (paper: 4096)
+LEARNING_RATE = 0.05  # peak rate, the same for every BATCH_SIZE (paper: 3.2, by LARS)
+PREDICTOR_RATE = 10.0  # how many times as fast the predictor learns (paper: 1)
+WEIGHT_DECAY = 5e-4  # of matrices and convolutions alone (paper: 1.5e-6)
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the run; then a cosine to zero
 BASE_DECAY = "auto"  # tau at the start: what the target keeps of itself; rises to 1
 SEED = 0  # of the weights, the order of the images and the views
@@ -68,31 +66,22 @@ LOG_EVERY = 20  # steps between rows of metrics.csv; between them no step waits 
 CHECKPOINT_MINUTES = 5.0  # between checkpoints
 
 RECIPE = {  # what "auto" stands for where INIT is
-    #                  random            others    (the paper)
-    #                  < 64 px   larger
-    "CROP_AREA":      (0.2,      0.2,     0.5,      0.08),
-    "JITTER":         (1.0,      1.0,     0.5,      1.0),
-    "BATCHNORM":      ("batch",  "batch", "frozen", "batch"),
-    "HIDDEN_DIM":     (1024,     1024,    4096,     4096),
-    "BATCH_SIZE":     (64,       64,      256,      4096),
-    "LEARNING_RATE":  (0.2,      0.05,    0.1,      0.2),  # small images bear a higher one (README.md)
-    "PREDICTOR_RATE": (10.0,     10.0,    1.0,      1.0),
-    "WEIGHT_DECAY":   (5e-4,     5e-4,    0.0,      1.5e-6),
-    "BASE_DECAY":     (0.996,    0.996,   1.0,      0.996)}
+    #              random   others    (the paper)
+    "CROP_AREA":  (0.2,     0.5,      0.08),
+    "JITTER":     (1.0,     0.5,      1.0),
+    "BATCHNORM":  ("batch", "frozen", "batch"),
+    "BASE_DECAY": (0.996,   0.999,    0.996)}
 KINDS = {
     "DATASET": path("stl10", "patterns"), "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1),
     "IMAGE_SIZE": number(16, whole=True),
     "CROP_AREA": number(0.01, 1, "auto"), "BLUR_P": several(number(0, 1), exactly=2), "JITTER": number(0, 2, "auto"),
     "ENCODER": str, "INIT": path("imagenet", "random"), "BATCHNORM": choice("auto", "batch", "frozen"),
-    "HIDDEN_DIM": number(1, inf, "auto", whole=True), "PROJECTION_DIM": number(2, whole=True),
-    "EPOCHS": number(1, whole=True), "BATCH_SIZE": number(2, inf, "auto", whole=True), "SEED": number(0, whole=True),
-    "OPTIMIZER": choice("sgd", "adamw"), "LEARNING_RATE": number(0, inf, "auto"), "WARMUP_EPOCHS": number(0),
-    "PREDICTOR_RATE": number(0, inf, "auto"), "WEIGHT_DECAY": number(0, inf, "auto"), "RUN": str, "DEVICE": str,
-    "BASE_DECAY": number(0, 1, "auto"), "PRECISION": choice("auto", "bf16", "fp32"),
+    "HIDDEN_DIM": number(1, whole=True), "PROJECTION_DIM": number(2, whole=True), "EPOCHS": number(1, whole=True),
+    "BATCH_SIZE": number(2, whole=True), "LEARNING_RATE": number(0), "PREDICTOR_RATE": number(0),
+    "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "BASE_DECAY": number(0, 1, "auto"),
+    "SEED": number(0, whole=True), "RUN": str, "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32"),
     "LOG_EVERY": number(1, whole=True), "CHECKPOINT_MINUTES": number(0)}
-DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", CROP_AREA=0.08, BLUR_P=(1.0, 0.1), EPOCHS=2,
-            BATCH_SIZE=64, OPTIMIZER="adamw", LEARNING_RATE=8e-3, PREDICTOR_RATE=1.0, WEIGHT_DECAY=1e-4,
-            WARMUP_EPOCHS=0.3, BASE_DECAY=0.9, HIDDEN_DIM=512, PROJECTION_DIM=128)
+DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", EPOCHS=8, BATCH_SIZE=64)
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "MAX_UNREADABLE", "CHECKPOINT_MINUTES", "LABELLED",
         "DATASET", "IMAGES"}  # may change between a run and its continuation, but DATASET only its path
 COLUMNS = {  # of metrics.csv, and how a line shows them
@@ -117,7 +106,7 @@ def pretrain(c: SimpleNamespace) -> None:
             encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
             model = BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, c.BATCHNORM == "frozen")
         model = model.to(device, memory_format=torch.channels_last)
-        optimizer = build_optimizer(c.OPTIMIZER, parameter_groups(model, c.WEIGHT_DECAY, "predictor", c.PREDICTOR_RATE))
+        optimizer = build_optimizer(model, c.WEIGHT_DECAY, "predictor", c.PREDICTOR_RATE)
         if state:
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
@@ -127,7 +116,7 @@ def pretrain(c: SimpleNamespace) -> None:
         say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, "
             f"{count(c.EPOCHS, 'epoch')} of {count(len(images) // c.BATCH_SIZE, 'step')}, on {device} in {c.PRECISION}"
             f"{threads}" + f", from step {state['step']}" * (state["step"] > 0))
-        say(textwrap.fill(", ".join(f"{name} {as_text(getattr(c, name))}" for name in RECIPE), 110))
+        say(", ".join(f"{name} {as_text(getattr(c, name))}" for name in RECIPE))
         if rank == 0:
             begin_folder(c, folder, images, device)
         score = partial(monitor, pixels=train_split.pixels, labels=train_split.labels, seed=c.SEED, device=device,
@@ -163,7 +152,7 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
         for step, batch in enumerate(batches(images, indices, device), start=state["step"]):
             views = two_views(batch, c.IMAGE_SIZE, seeded_generator(c.SEED, "views", step, rank), c.CROP_AREA, c.BLUR_P,
                               c.JITTER, draw)
-            rate = learning_rate(step, total_steps, warmup_steps, c.LEARNING_RATE * c.BATCH_SIZE / 256)
+            rate = learning_rate(step, total_steps, warmup_steps, c.LEARNING_RATE)
             tau = target_decay(step, total_steps, c.BASE_DECAY)
             losses.append(train_step(network, model, optimizer, views, rate, tau, c.PRECISION))
             bar.update(c.BATCH_SIZE)
@@ -210,10 +199,7 @@ def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer
 
 def resolve(c: SimpleNamespace) -> None:
     """Give each constant that is "auto" its value. Raises UserError for constants that contradict each other."""
-    if c.OPTIMIZER == "adamw" and "auto" in (c.LEARNING_RATE, c.WEIGHT_DECAY):
-        raise UserError("OPTIMIZER is adamw, but auto is for sgd: give LEARNING_RATE and WEIGHT_DECAY, too")
-    column = 2 if c.INIT != "random" else int(c.IMAGE_SIZE >= 64)
-    vars(c).update({name: values[column] for name, values in RECIPE.items() if getattr(c, name) == "auto"})
+    vars(c).update({name: values[c.INIT != "random"] for name, values in RECIPE.items() if getattr(c, name) == "auto"})
     if c.BATCHNORM == "frozen" and c.INIT == "random":
         raise UserError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto (--batchnorm)")
     if c.RUN == "none" or Path(c.INIT).parent == run_folder(c.RUN).resolve():

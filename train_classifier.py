@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from byol import build_optimizer, learning_rate, set_learning_rate
 from data import Split, batch_indices, fetch, load_folds, load_split, place
 from encoders import build_encoder, digest_of, plain_state_dict
 from evaluate import (extract_features, fifths, fold_standardisation, gain_interval, knn_predict, linear_probe, percent,
@@ -48,8 +48,7 @@ SEEDS = (0, 1, 2)  # one training each; a seed decides the labelled subset, the 
 # Fine-tuning
 EPOCHS = "auto"  # passes over all labelled images; fewer of them take as many steps; auto: 10, if INIT is random 40
 BATCH_SIZE = 64  # images a step
-OPTIMIZER = "sgd"  # sgd (momentum 0.9) or adamw
-LEARNING_RATE = (0.0025, 0.01, 0.04, 0.16)  # peak rates per 256 images, the best on held-out images is taken; or one
+LEARNING_RATE = (0.0006, 0.0025, 0.01, 0.04)  # peak rates, the best on held-out images is taken; or one
 HEAD_RATE = 0.1  # how many times as fast the new head learns, behind a BatchNorm that gives features one scale
 WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the training; then a cosine to zero
@@ -65,10 +64,10 @@ KINDS = {
     "IMAGE_SIZE": number(16, math.inf, "run", whole=True), "INIT": path("run", "imagenet", "random"),
     "LABELS_PER_CLASS": several(number(1, math.inf, "all", "fold", whole=True)),
     "SEEDS": several(number(0, whole=True)), "EPOCHS": number(1, math.inf, "auto", whole=True),
-    "BATCH_SIZE": number(2, whole=True), "OPTIMIZER": choice("sgd", "adamw"), "LEARNING_RATE": several(number(0)),
+    "BATCH_SIZE": number(2, whole=True), "LEARNING_RATE": several(number(0)),
     "HEAD_RATE": number(0), "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "CROP_AREA": number(0.01, 1),
     "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1), "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32")}
-DEMO = dict(RUN="demo", LABELS_PER_CLASS=(5, "all"), EPOCHS=7, BATCH_SIZE=25, OPTIMIZER="adamw", LEARNING_RATE=1e-2)
+DEMO = dict(RUN="demo", LABELS_PER_CLASS=(5, 20), EPOCHS=1, BATCH_SIZE=32, LEARNING_RATE=0.0025)
 OF_THE_RUN = {  # what "run" means where RUN is none, and with --demo
     "DATASET": ("stl10", "patterns"), "IMAGE_SIZE": (96, 32), "ENCODER": ("resnet18", "resnet18"),
     "INIT": ("imagenet", "random")}
@@ -262,7 +261,7 @@ def fine_tune(setup: Setup, weights: dict[str, Tensor], subset: Tensor, seed: in
     crop, forward = (setup.crop, setup.forward) if recorded else (crops, network)
     steps_per_epoch = len(train.labels) // c.BATCH_SIZE
     total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, round(c.WARMUP_EPOCHS * steps_per_epoch)
-    optimizer = build_optimizer(c.OPTIMIZER, parameter_groups(network, c.WEIGHT_DECAY, "fc", c.HEAD_RATE))
+    optimizer = build_optimizer(network, c.WEIGHT_DECAY, "fc", c.HEAD_RATE)
     for step, index in enumerate(batch_indices(seed, "fine-tuning order", len(subset), batch_size, 0, total_steps)):
         images = fetch(train.pixels, subset[index], device)
         draws = torch.rand(batch_size, CROP_DRAWS, generator=seeded_generator(seed, "fine-tuning crops", step))
@@ -271,7 +270,7 @@ def fine_tune(setup: Setup, weights: dict[str, Tensor], subset: Tensor, seed: in
         with autocast(device, c.PRECISION):
             scores = forward(x)
         loss = F.cross_entropy(scores.float(), send(train.labels[subset[index]], device))
-        set_learning_rate(optimizer, learning_rate(step, total_steps, warmup_steps, rate * batch_size / 256))
+        set_learning_rate(optimizer, learning_rate(step, total_steps, warmup_steps, rate))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -305,11 +304,11 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
         runs.append(run := read_json(config, "constants")["constants"])
         for constant in OF_THE_RUN:
             value, of_run = getattr(c, constant), KINDS[constant](run[constant])
-            moved = {"INIT": digest_of(value) == run.get("INIT_SHA256"),
-                     "DATASET": run.get("LABELLED") and Path(value).is_dir()}.get(constant)
-            if constant == "DATASET" and moved and value != of_run:
-                c.labelled = run["LABELLED"]  # what the train/ there has to be
-            if value not in ("run", of_run) and not moved:
+            if value in ("run", of_run) or constant == "INIT" and digest_of(value) == run.get("INIT_SHA256"):
+                pass
+            elif constant == "DATASET" and run.get("LABELLED") and Path(value).is_dir():
+                c.labelled = run["LABELLED"]  # what train/ has to be there
+            else:
                 raise UserError(f"{constant} {value} contradicts {config}, which says {of_run}: set it to run, or "
                                 f"pretrain a run with it ({flag(constant)})")
             setattr(c, constant, of_run if value == "run" else value)

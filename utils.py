@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # no lock on Windows
 
-VERSION = 6  # of checkpoints and results; raised where what an earlier version began cannot be continued
+VERSION = 7  # of checkpoints and results; raised where what an earlier version began cannot be continued
 MIN_STEPS_TO_COMPILE = 2000  # for fewer, the half minute to a minute that torch.compile takes is not won back
 LOCK = ".lock"
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,
@@ -205,6 +205,8 @@ def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").removeprefix("--").upper().replace("-", "_")
         raise UserError(f"{name} {error.message} ({error.argument_name})") from None
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(f"{unknown[0]} belongs to no flag: several values of one have commas between them, no spaces")
     if unknown:
         near = nearest(unknown[0].partition("=")[0], ["--demo", "--overwrite", *map(flag, kinds)])
         raise UserError(f"unknown flag {unknown[0]}{near or '; see --help'}")

@@ -28,7 +28,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from byol import BYOL, build_optimizer, parameter_groups  # noqa: E402
+from byol import BYOL, build_optimizer  # noqa: E402
 from data import batch_indices, cached_pixels, fetch, image_files, place  # noqa: E402
 from encoders import Convolution, build_encoder  # noqa: E402
 from train_byol import train_step  # noqa: E402
@@ -106,7 +106,7 @@ def main() -> None:
         encoder, feature_dim = build_encoder("resnet18", "random", 0)
         with seeded_init(0, "heads"):
             model = BYOL(encoder, feature_dim).to(device, memory_format=memory_format)
-        return model, build_optimizer("sgd", parameter_groups(model, 5e-4))
+        return model, build_optimizer(model, 5e-4)
 
     def measure_ours():
         placed, step = place(pixels, device), itertools.count()

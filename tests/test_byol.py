@@ -120,7 +120,7 @@ def test_the_target_is_the_moving_average_of_the_online_networks_parameters(tau,
     assert all(map(torch.equal, model.buffers(), before.buffers())), "they are not averaged"
 
 
-def test_parameter_groups_hold_each_trainable_parameter_once():
+def test_the_optimizers_groups_hold_each_trainable_parameter_once():
     encoder = torchvision.models.resnet18()
     encoder.fc = nn.Identity()
     model = BYOL(encoder, 512, 32, 16)
@@ -128,7 +128,7 @@ def test_parameter_groups_hold_each_trainable_parameter_once():
     plain = {id(p) for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for p in m.parameters()}
     plain = (plain | {id(m.bias) for m in model.modules() if isinstance(m, nn.Linear)}) & set(trainable)
     for child, factor, scales in (("", 1, {1}), ("predictor", 10, {1, 10})):
-        groups = byol.parameter_groups(model, 0.1, child, factor)
+        groups = byol.build_optimizer(model, 0.1, child, factor).param_groups
         assert sorted(id(p) for group in groups for p in group["params"]) == sorted(trainable)
         assert {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]} == plain
         assert {(group["weight_decay"] > 0, group["scale"]) for group in groups} == set(product((True, False), scales))
@@ -138,7 +138,7 @@ def test_parameter_groups_hold_each_trainable_parameter_once():
 
 def test_the_optimizer_moves_the_online_network_alone_by_each_groups_share_of_the_rate():
     model = small_byol()
-    optimizer = byol.build_optimizer("sgd", byol.parameter_groups(model, 0, "predictor", 4))
+    optimizer = byol.build_optimizer(model, 0, "predictor", 4)
     before = copy.deepcopy(model)
     model(*two_batches()).backward()
     byol.set_learning_rate(optimizer, 0.1)
@@ -146,13 +146,12 @@ def test_the_optimizer_moves_the_online_network_alone_by_each_groups_share_of_th
     for name, p in model.named_parameters():
         old, scale = before.get_parameter(name), 4 if name.startswith("predictor") else 1
         torch.testing.assert_close(p, old if name.startswith("target") else old - 0.1 * scale * p.grad)
-    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["momentum"] == 0.9
-    assert type(byol.build_optimizer("adamw", byol.parameter_groups(model, 0))) is torch.optim.AdamW
+    assert optimizer.defaults["momentum"] == 0.9
 
 
 def test_loss_falls_on_a_fixed_batch():
     model, (a, b), losses = small_byol(), two_batches(32), []
-    optimizer = byol.build_optimizer("sgd", byol.parameter_groups(model, 0))
+    optimizer = byol.build_optimizer(model, 0)
     byol.set_learning_rate(optimizer, 0.2)
     for _ in range(30):
         loss = model(a, b)

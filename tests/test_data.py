@@ -1,7 +1,9 @@
 """Datasets: STL-10's own format, folders of images of every kind, the cache, the patterns."""
+import hashlib
 import os
 import shutil
 import struct
+import tarfile
 import threading
 import warnings
 from collections import Counter
@@ -69,6 +71,23 @@ def test_stl10_is_downloaded_once_and_only_taken_when_whole(tmp_path, monkeypatc
     for split in ("unlabeled", "train", "test"):
         load_split("stl10", split, str(tmp_path), 96)
     assert calls == ["91f7769df0f17e558f3565bffb0c7dfb"] and not (tmp_path / "stl10_unpacking").exists()
+
+
+def test_an_archive_that_the_user_has_put_there_is_unpacked_and_kept(tmp_path, monkeypatch, capsys):
+    write_stl10(tmp_path / "made")
+    archive = tmp_path / "data" / data.STL10.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "made" / "stl10_binary", "stl10_binary")
+    whole = archive.read_bytes()
+    monkeypatch.setattr(data.STL10, "tgz_md5", hashlib.md5(whole).hexdigest())
+    archive.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="stl10_binary.tar.gz is torn: delete it, or complete it by curl -C - -o /"):
+        load_split("stl10", "unlabeled", str(tmp_path / "data"), 96)
+    archive.write_bytes(whole)
+    capsys.readouterr()
+    assert len(load_split("stl10", "unlabeled", str(tmp_path / "data"), 96).pixels) == 30
+    assert archive.read_bytes() == whole and "downloading" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file, content, message", [

@@ -1,4 +1,6 @@
 """The figures: what can be counted in them; the rest is looked at."""
+import warnings
+
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -27,3 +29,13 @@ def test_neighbours_of_few_images_and_of_the_classes_that_are_there(tmp_path, ge
 def test_curves_of_no_row_are_an_empty_figure(tmp_path):
     plot_curves(tmp_path / "curves.png", [], read_constants(vars(train_byol), []))
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_names_in_a_figure_are_text_whatever_they_hold(tmp_path, generator):
+    """Half a formula, a name that is no UTF-8, and one that the font has no characters for."""
+    pixels, labels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_neighbors(tmp_path / "x.png", pixels, labels, ["$\\frac{a$ ^_", "caf\udce9", "\u732b \U0001f408"],
+                       {"an arm": torch.eye(3)}, generator, "run_$x_$")
+    assert (tmp_path / "x.png").stat().st_size > 0

@@ -17,7 +17,7 @@ import torchvision
 import train_byol
 import train_classifier
 import utils
-from byol import BYOL, build_optimizer, parameter_groups
+from byol import BYOL, build_optimizer
 from conftest import small_encoder, trace_compiled
 from data import batch_indices, load_split
 from encoders import build_encoder
@@ -28,8 +28,7 @@ from views import two_views
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--init", "random", "--image-size", "16", "--hidden-dim", "32", "--projection-dim", "16", "--batch-size", "8",
-        "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32",
-        "--learning-rate", "0.2", "--predictor-rate", "1", "--weight-decay", "5e-4"]
+        "--epochs", "2", "--log-every", "2", "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture
@@ -114,9 +113,7 @@ def test_runs_are_decided_by_the_seed(tiny):
     assert without_timings("a") == without_timings("b")
 
 
-@pytest.mark.parametrize("flags", [
-    "--precision fp32", "--precision bf16", "--learning-rate auto --predictor-rate auto --weight-decay auto",
-    "--optimizer adamw --learning-rate 1e-3 --predictor-rate 10 --weight-decay 1e-2"])
+@pytest.mark.parametrize("flags", ["--precision fp32", "--precision bf16", "--predictor-rate 1 --weight-decay 0"])
 def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, flags):
     """A signal in any step: a checkpoint, its exit status; the same command ends where an uninterrupted run does."""
     tiny(*(argv := [*flags.split(), "--log-every", "3"]), run="whole")
@@ -198,7 +195,7 @@ def test_pretraining_needs_no_test_split_no_labels_and_no_unlabeled_images(tiny,
 def test_a_training_step_moves_the_online_network_and_then_the_target():
     """At the rate of the call, not the optimizer's; the predictor four times as fast."""
     model = BYOL(small_encoder("", "random", 0)[0], 64, 16, 8)
-    optimizer = build_optimizer("sgd", parameter_groups(model, 0, "predictor", 4))
+    optimizer = build_optimizer(model, 0, "predictor", 4)
     before = copy.deepcopy(model)
     both = tuple(torch.randn(2, 8, 3, 16, 16).unbind(0))
     loss = train_byol.train_step(model, model, optimizer, both, 0.05, 0.75, "fp32")
@@ -220,7 +217,7 @@ def test_bf16_and_fp32_stay_together():
     for precision in ("fp32", "bf16"):
         with seeded_init(0, "heads"):
             model = BYOL(small_encoder("", "random", 0)[0].to(memory_format=torch.channels_last), 64, 64, 16)
-        optimizer = build_optimizer("sgd", parameter_groups(model, 0))
+        optimizer = build_optimizer(model, 0)
         losses[precision] = torch.stack([
             train_byol.train_step(model, model, optimizer, two_views(images, 16, seeded_generator(0, step)), 0.03, 0.99,
                                   precision) for step in range(40)])
@@ -243,14 +240,22 @@ def test_compiled_training_is_the_same_training(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("--init random --image-size 63", ("batch", 64, 0.2, 10.0, 0.996)),
-    ("--init random --image-size 64", ("batch", 64, 0.05, 10.0, 0.996)),
-    ("--init imagenet --image-size 63", ("frozen", 256, 0.1, 1.0, 1.0)),
-    ("--init x.pt --batchnorm batch --learning-rate 0.3 --base-decay 0.5", ("batch", 256, 0.3, 1.0, 0.5))])
-def test_auto_depends_on_the_first_weights_and_the_size_and_what_is_set_stands(flags, expected):
+    ("--init random", (0.2, 1.0, "batch", 0.996)), ("--init imagenet", (0.5, 0.5, "frozen", 0.999)),
+    ("--init x.pt --batchnorm batch --base-decay 0.5", (0.5, 0.5, "batch", 0.5))])
+def test_auto_depends_on_the_first_weights_and_what_is_set_stands(flags, expected):
     train_byol.resolve(c := read_constants(vars(train_byol), flags.split()))
-    assert (c.BATCHNORM, c.BATCH_SIZE, c.LEARNING_RATE, c.PREDICTOR_RATE, c.BASE_DECAY) == expected
-    assert "auto" not in [getattr(c, name) for name in train_byol.RECIPE]
+    assert tuple(getattr(c, name) for name in train_byol.RECIPE) == expected
+
+
+def test_the_target_moves_from_any_weights(tiny):
+    """By default: it ends neither as it began nor as the online network."""
+    assert tiny(run="first") == 0
+    assert tiny("--init", "runs/first/encoder.pt", run="second") == 0
+    for run, init in (("first", small_encoder("", "random", 0)[0].state_dict()), ("second", weights("first"))):
+        assert json.loads(Path(f"runs/{run}/config.json").read_text())["constants"]["BASE_DECAY"] <= 0.999
+        model = checkpoint(run)["model"]
+        target, online = model["target_encoder.conv.weight"], model["online_encoder.conv.weight"]
+        assert not torch.equal(target, init["conv.weight"]) and not torch.equal(target, online)
 
 
 def test_constants_reach_the_optimizer_the_schedules_and_the_views(tiny, monkeypatch):
@@ -263,7 +268,7 @@ def test_constants_reach_the_optimizer_the_schedules_and_the_views(tiny, monkeyp
 
     monkeypatch.setattr(train_byol, "train_step", looked_at)
     monkeypatch.setattr(train_byol, "two_views", lambda *args: seen.append(args[3:6]) or two_views(*args))
-    flags = "--crop-area 0.5 --blur-p 0.3,0 --jitter 0.25 --predictor-rate 3 --warmup-epochs 100 --learning-rate 3.2"
+    flags = "--crop-area 0.5 --blur-p 0.3,0 --jitter 0.25 --predictor-rate 3 --warmup-epochs 100 --learning-rate 0.1"
     assert tiny(*flags.split(), "--base-decay", "1", "--log-every", "1") == 0
     assert scales == {1, 3.0} and seen == [(0.5, (0.3, 0.0), 0.25)] * 5, "the figure's and four batches"
     assert [float(row["learning_rate"]) for row in rows("tiny")[1:]] == pytest.approx([0, 0.05, 0.1, 0.05])
@@ -336,7 +341,8 @@ def of_both(x):
     dist.all_gather(shares := [torch.empty_like(x) for _ in range(2)], x.contiguous())
     return shares
 def recorded(pixels, index, device):
-    assert torch.equal(torch.cat(of_both(index)).sort().values, next(orders).sort().values)
+    if len(index) == 4:  # no stamp's
+        assert torch.equal(torch.cat(of_both(index)).sort().values, next(orders).sort().values)
     return fetch(pixels, index, device)
 def compared(network, model, optimizer, views, *rest):
     assert not network.broadcast_buffers, "130 of them, a step, that nobody needs"

@@ -145,7 +145,7 @@ def test_compiled_fine_tuning_is_the_same_and_is_compiled_once(pretrained, monke
     argv = ["--labels-per-class", "all,3", "--seeds", "0,1", "--overwrite"]  # 6 images are no batch of 8: left alone
     assert compare(*argv) == 0
     eager, compiled = results()["records"], trace_compiled(monkeypatch)
-    addresses = calls_of(monkeypatch, "parameter_groups", lambda network, *rest: [
+    addresses = calls_of(monkeypatch, "build_optimizer", lambda network, *rest: [
         value.data_ptr() for value in network.state_dict().values()])
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     assert compare(*argv) == 0 and not compiled, "8 trainings of 4 steps do not win back the time"
@@ -396,7 +396,7 @@ def test_subsets_are_balanced_nested_and_the_seeds_own_and_a_rate_is_judged_by_t
 
 def test_both_arms_get_the_same_head_batches_crops_and_steps(small, monkeypatch):
     """Two encoders, and the first one again: in the memory of the one before it, it comes out the same."""
-    starts = calls_of(monkeypatch, "parameter_groups", lambda network, *rest: copy.deepcopy(network.state_dict()))
+    starts = calls_of(monkeypatch, "build_optimizer", lambda network, *rest: copy.deepcopy(network.state_dict()))
     batches = calls_of(monkeypatch, "fetch", lambda pixels, index, device: index.tolist())
     draws = calls_of(monkeypatch, "crop_of", lambda draws, *rest: draws)
     setup = build()._replace(advance=(titles := []).append)
