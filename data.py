@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -250,6 +251,9 @@ def decode_files(top: Path, files: list[Path], array: Path, size: int) -> dict[i
     """Decode `files` into the raw file `array`. Returns the indices of those that cannot be read, and why. Gray images
     of more than 8 bits have one scale: that of the one that uses the most."""
     array.parent.mkdir(parents=True, exist_ok=True)
+    for file in array.parent.glob(f"{array.name}.*.tmp"):
+        if time.time() - file.stat().st_mtime > 3600:  # of a decoding that was killed: one that goes on writes
+            file.unlink()
     needed, free = len(files) * 3 * size * size, shutil.disk_usage(array.parent).free
     say(f"decoding {count(len(files), 'image')} of {top}, once, into {needed / 1e9:.2f} GB")
     if needed > free:

@@ -346,6 +346,18 @@ def test_decoding_needs_space_and_processes(tmp_path, monkeypatch):
     assert not [file for file in (tmp_path / "cache_root" / "cache").iterdir() if file.suffix != ".txt"]
 
 
+def test_what_a_killed_decoding_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    root = write_folder(tmp_path / "images")
+    load(root, "train")
+    array = next((tmp_path / "cache_root" / "cache").glob("*-train-*.bin"))
+    killed, other = (array.with_name(f"{array.name}.{pid}.tmp") for pid in (7, 8))
+    killed.touch(), other.touch()
+    os.utime(killed, (0, 0))
+    array.unlink()
+    load(root, "train")
+    assert array.exists() and other.exists() and not killed.exists()
+
+
 def test_what_is_no_image_is_counted(tmp_path, capsys):
     root = write_folder(tmp_path / "images")
     for name in ("a/1.heic", "a/2.HEIC", "a/notes", "b/3.txt", "b/.hidden"):
