@@ -32,7 +32,7 @@ from views import send
 STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 PATTERN_COUNTS = {"unlabeled": 4000, "train": 2000, "test": 1000}
-NOISE = 0.3  # standard deviation of what lies over the patterns, of pixels from 0 to 1
+NOISE = 0.25  # standard deviation of what lies over the patterns, of pixels from 0 to 1
 PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
 MAX_PIXELS = 100_000_000  # of an image as it is decoded; more is taken for a decompression bomb
 FILES_OF_A_WORKER = 500  # images, at least, that a worker process is started for

@@ -81,7 +81,7 @@ KINDS = {
     "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "BASE_DECAY": number(0, 1, "auto"),
     "SEED": number(0, whole=True), "RUN": str, "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32"),
     "LOG_EVERY": number(1, whole=True), "CHECKPOINT_MINUTES": number(0)}
-DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", EPOCHS=8, BATCH_SIZE=64)
+DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", EPOCHS=7, BATCH_SIZE=64)
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "MAX_UNREADABLE", "CHECKPOINT_MINUTES", "LABELLED",
         "DATASET", "IMAGES"}  # may change between a run and its continuation, but DATASET only its path
 COLUMNS = {  # of metrics.csv, and how a line shows them

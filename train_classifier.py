@@ -67,7 +67,7 @@ KINDS = {
     "BATCH_SIZE": number(2, whole=True), "LEARNING_RATE": several(number(0)),
     "HEAD_RATE": number(0), "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "CROP_AREA": number(0.01, 1),
     "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1), "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32")}
-DEMO = dict(RUN="demo", LABELS_PER_CLASS=(5, 20), EPOCHS=1, BATCH_SIZE=32, LEARNING_RATE=0.0025)
+DEMO = dict(RUN="demo", LABELS_PER_CLASS=(10, 50), SEEDS=(0, 1, 2, 3, 4), EPOCHS=1, BATCH_SIZE=32, LEARNING_RATE=0.0025)
 OF_THE_RUN = {  # what "run" means where RUN is none, and with --demo
     "DATASET": ("stl10", "patterns"), "IMAGE_SIZE": (96, 32), "ENCODER": ("resnet18", "resnet18"),
     "INIT": ("imagenet", "random")}

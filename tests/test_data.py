@@ -399,7 +399,7 @@ def test_folders_that_are_no_dataset_are_named(tmp_path, spoil, message):
 def test_patterns_are_deterministic_and_their_splits_differ():
     first, again = (load_split("patterns", "train", "", 32) for _ in range(2))
     assert torch.equal(first.pixels, again.pixels) and torch.equal(first.labels, again.labels)
-    assert not torch.equal(first.pixels, load_split("patterns", "test", "", 32).pixels[:200])
+    assert not torch.equal(first.pixels[:1000], load_split("patterns", "test", "", 32).pixels)
 
 
 def test_patterns_hold_every_kind_equally_often_and_give_nothing_away_by_brightness_or_colour():

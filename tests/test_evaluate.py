@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 import byol
 import evaluate
 from conftest import small_encoder
-from data import load_split
+from data import draw_patterns, load_split
 from evaluate import extract_features, fit_logistic, gain_interval, knn_predict, linear_probe, percent, verdict
 
 CPU = torch.device("cpu")
@@ -130,8 +130,8 @@ def test_random_labels_are_learned_at_chance(generator):
         assert abs(percent(answer == truth) - 10) < 400 * math.sqrt(0.1 * 0.9 / len(truth))
 
 
-def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch):
-    train, seen = load_split("patterns", "train", "", 16), []
+def test_the_monitor_sees_a_fifth_of_the_training_images(monkeypatch, generator):
+    train, seen = draw_patterns(200, 16, generator), []
     features = torch.cat([F.one_hot(train.labels, 10), torch.arange(200)[:, None]], dim=1).float()  # telling, numbered
     monkeypatch.setattr(evaluate, "extract_features", lambda *args: features)
     monkeypatch.setattr(evaluate, "knn_predict", lambda *args: seen.append(args[:3]) or torch.zeros(40))

@@ -64,6 +64,12 @@ def test_flags_win_over_the_demo_and_the_demo_over_the_file():
         assert classifiers.RUN == (c.RUN,) and of_the_run.items() <= vars(c).items()
 
 
+def test_the_demo_is_the_recipe_but_for_sizes_and_lengths():
+    assert train_byol.DEMO.keys() == {"DATASET", "IMAGE_SIZE", "INIT", "RUN", "EPOCHS", "BATCH_SIZE"}
+    assert train_classifier.DEMO.keys() == {"RUN", "LABELS_PER_CLASS", "SEEDS", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE"}
+    assert train_classifier.DEMO["LEARNING_RATE"] in train_classifier.LEARNING_RATE, "one of those that are tried"
+
+
 VALUES = {  # of each constant: what it may be, the first unlike what a script says or what auto is; and what it may not
     "DATASET": (["patterns", "some/folder"], []), "DATA_ROOT": (["elsewhere", "~/data"], []), "RUN": (["other", 7], []),
     "MAX_UNREADABLE": ([0.2, 1], [2]),
@@ -114,7 +120,7 @@ def test_constants_may_be_annotated_set_together_or_nothing(capsys):
 
 
 def test_wrong_flags_are_named():
-    for flags, message in ((["stray"], "unknown flag stray"), (["--epochs"], "EPOCHS expected one argument")):
+    for flags, message in ((["stray"], "stray belongs to no flag: several values of one have commas"), (["--epochs"], "EPOCHS expected one argument")):
         with pytest.raises(UserError, match=message):
             read_constants(vars(train_byol), flags)
 
