@@ -72,8 +72,9 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
     except OSError as error:
         message = (f"cannot read or write {error.filename or 'a file'} ({error.strerror or one_line(error)}): make "
                    "space, or check its permissions; what was saved before is whole")
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not re.search("allocate memory|bad_alloc", str(error)):  # torch's on a CPU
+    except (MemoryError, RuntimeError) as error:
+        of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not of_memory and not re.search("allocate memory|bad_alloc", str(error)):  # what torch says on a CPU
             raise
         message = f"memory is exhausted ({one_line(error)[:80]}...): lower BATCH_SIZE or IMAGE_SIZE"
     print(f"error: {message}", file=sys.stderr)
