@@ -56,7 +56,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_named(tmp_path):
             (torn, "is no weights file"), ({"weights": Code()}, "is no weights file"), (whole, "do not fit ENCODER"),
             ({"model": {}, "step": 3}, "holds no state dict"), ([torch.ones(1)], "holds no state dict"),
             ({"net": {"backbone." + name: value for name, value in whole.items()}}, "do not fit .* of net backbone"),
-            ({"q": own, "k": own}, r"holds the weights of several networks \(q, k\): save one alone"),
+            ({"q": own, "k": own}, r"holds the weights of several networks \(k, q\): save one alone"),
             ({**own, "projector.weight": torch.ones(1)}, "do not fit ENCODER: 1 tensors .* projector.weight"),
             ({**own, "conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, "holds weights that are no finite numbers")]:
         file = tmp_path / "weights.pt"
