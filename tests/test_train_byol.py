@@ -120,13 +120,13 @@ def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, flags):
     for stop_after, signum in ((1, signal.SIGTERM), (2, signal.SIGHUP), (3, signal.SIGINT)):
         with monkeypatch.context() as patch:
             steps = signal_at(patch, stop_after, signum)
-            assert tiny(*argv, run=str(signum)) == 128 + signum and not Path(f"runs/{signum}/encoder.pt").exists()
+            assert tiny(*argv, run=signum.name) == 128 + signum and not Path(f"runs/{signum.name}/encoder.pt").exists()
             out = capsys.readouterr().out
             assert f"stopped after step {stop_after} of 4: the same command continues from there" in out
-            assert tiny(*argv, run=str(signum)) == 0
+            assert tiny(*argv, run=signum.name) == 0
         assert f", from step {stop_after}\n" in capsys.readouterr().out and len(steps) == 4
-        assert same(weights("whole"), weights(signum)) and without_timings("whole") == without_timings(signum)
-        assert same(checkpoint("whole")["model"], checkpoint(signum)["model"])
+        assert same(weights("whole"), weights(signum.name)) and without_timings("whole") == without_timings(signum.name)
+        assert same(checkpoint("whole")["model"], checkpoint(signum.name)["model"])
 
 
 def test_a_hangup_that_nohup_ignores_stops_nothing(tiny, monkeypatch):
