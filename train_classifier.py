@@ -304,13 +304,12 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
         runs.append(run := read_json(config, "constants")["constants"])
         for constant in OF_THE_RUN:
             value, of_run = getattr(c, constant), KINDS[constant](run[constant])
-            if value in ("run", of_run) or constant == "INIT" and digest_of(value) == run.get("INIT_SHA256"):
-                pass
-            elif constant == "DATASET" and run.get("LABELLED") and Path(value).is_dir():
-                c.labelled = run["LABELLED"]  # what train/ has to be there
-            else:
+            same = value in ("run", of_run) or constant == "INIT" and digest_of(value) == run.get("INIT_SHA256")
+            if not same and not (constant == "DATASET" and run.get("LABELLED") and Path(value).is_dir()):
                 raise UserError(f"{constant} {value} contradicts {config}, which says {of_run}: set it to run, or "
                                 f"pretrain a run with it ({flag(constant)})")
+            if not same:
+                c.labelled = run["LABELLED"]  # what train/ has to be in that other folder
             setattr(c, constant, of_run if value == "run" else value)
         if run.get("INIT_SHA256", now := digest_of(c.INIT)) != now:
             raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
