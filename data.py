@@ -1,4 +1,4 @@
-"""Every dataset as one uint8 array [N,3,S,S]: STL-10, a folder of one's own, or patterns drawn here.
+"""Every dataset as one uint8 array [N,3,S,S]: STL-10, CIFAR-10, a folder of one's own, or patterns drawn here.
 
 `load_split` is the way in. STL-10's files are memory-mapped as they are; a folder's images are decoded once into a
 cache that later runs map. An array larger than memory therefore costs address space only.
@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets import STL10
+from torchvision.datasets import CIFAR10, STL10
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.transforms.v2 import functional as tv
 
@@ -61,15 +61,17 @@ class Split(NamedTuple):
 
 
 def load_split(dataset: str, split: str, data_root: str, size: int, max_unreadable: float = 0.01) -> Split | None:
-    """One split ("unlabeled", "train" or "test") of "stl10", "patterns" or a folder. size: pixels a side. STL-10's
-    unlabeled images stay at 96, because the views are cut to size anyway. max_unreadable: share of a folder's images
+    """One split ("unlabeled", "train" or "test") of "stl10", "cifar10", "patterns" or a folder. size: pixels a side. The
+    unlabeled images of the first two keep their own, because the views are cut to size anyway. max_unreadable: share of a folder's images
     that may be. Returns None where a folder does not have the split. Raises UserError for data that cannot be used."""
     if dataset == "stl10":
         return load_stl10(split, Path(data_root), size)
+    if dataset == "cifar10":
+        return load_cifar10(split, Path(data_root), size)
     if dataset == "patterns":
         return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(PATTERN_SEED, "patterns", split))
     if not Path(dataset).is_dir():
-        raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'patterns' nor an existing folder")
+        raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'cifar10', 'patterns' nor an existing folder")
     return load_folder(Path(dataset), split, Path(data_root), size, max_unreadable)
 
 
@@ -97,9 +99,29 @@ def load_stl10(split: str, root: Path, size: int) -> Split:
     if len(labels) != len(pixels) or not set(labels.tolist()) <= set(range(1, 11)):
         raise UserError(f"{files[1]} does not hold a label from 1 to 10 for each of the {len(pixels)} images of "
                         f"{files[0].name}: delete both to download them again")
-    if size != STL10_SIDE:
-        pixels = tv.resize(pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
-    return Split(pixels, labels - 1, STL10_CLASSES)
+    return Split(resize(pixels, size), labels - 1, STL10_CLASSES)
+
+
+def resize(pixels: Tensor, size: int) -> Tensor:
+    if size > pixels.shape[-1]:
+        say(f"IMAGE_SIZE {size} enlarges the images: they have {pixels.shape[-1]} pixels a side")
+    if size == pixels.shape[-1]:
+        return pixels
+    return tv.resize(pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
+
+
+def load_cifar10(split: str, root: Path, size: int) -> Split:
+    """A split of CIFAR-10, which torchvision downloads (170 MB) and checks. Its training images are the unlabeled ones,
+    too."""
+    try:
+        images = CIFAR10(str(root), train=split != "test", download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"CIFAR-10 could not be downloaded ({one_line(error)}): put {CIFAR10.filename} into {root}, or "
+                        "try --demo") from error
+    pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
+    if split == "unlabeled":
+        return Split(pixels, None, images.classes)
+    return Split(resize(pixels, size), torch.tensor(images.targets), images.classes)
 
 
 def load_folds(data_root: str, n: int) -> list[Tensor]:

@@ -13,15 +13,21 @@ from torch import Tensor, nn
 from utils import UNREADABLE, UserError, nearest, one_line, say, seeded_init
 
 
-def build_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
+def build_encoder(name: str, init: str, seed: int, stem: str = "7x7") -> tuple[nn.Module, int]:
     """A torchvision ResNet by name without its classifier, and the number of its features. init: "random" (drawn from
     the seed), "imagenet" (torchvision downloads them), or the path of a file that holds a state dict of that network,
-    with or without `fc`. Raises UserError where they cannot be had or do not fit."""
+    with or without `fc`. stem: "7x7", torchvision's, or for small images "3x3": a first convolution of stride 1, and no
+    max-pooling (Chen et al. 2020, SimCLR, appendix B.9). Raises UserError for weights that cannot be had or do not fit.
+    """
     names = [n for n in torchvision.models.list_models(module=torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
     if name not in names:
         raise UserError(f"ENCODER {name!r} is unknown{nearest(name, names) or ': it must be a ResNet of torchvision'}")
     with seeded_init(seed, "encoder"):
         encoder = torchvision.models.get_model(name)
+        if stem == "3x3":
+            encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+            encoder.maxpool = nn.Identity()
     feature_dim = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if init != "random":
@@ -74,6 +80,9 @@ def find_weights(content: Any, wanted: dict[str, Tensor], source: str) -> dict[s
                         "(that of a run of ours is its encoder.pt)")
     if not fitting and misfits:
         place, wrong = min(misfits.items(), key=lambda misfit: len(misfit[1]))
+        if wrong == ["conv1.weight"]:
+            raise UserError(f"the weights in {source} have another STEM: set it to the other one (--stem), or INIT to "
+                            "random")
         raise UserError(f"the weights in {source} do not fit ENCODER: {len(wrong)} tensors{place and ' of ' + place} "
                         f"are missing, foreign or of another shape, {', '.join(wrong[:3])}")
     if not fitting:

@@ -36,8 +36,8 @@ from utils import (LOCK, UNREADABLE, VERSION, Stopped, UserError, any_process, a
 from views import render_views, two_views
 
 # Data
-DATASET = "stl10"  # stl10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
-DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
+DATASET = "stl10"  # stl10, cifar10, patterns, or a folder with unlabeled/ and, for the monitor, train/<class>/
+DATA_ROOT = "data"  # where STL-10, CIFAR-10 and the caches of decoded folders live
 MAX_UNREADABLE = 0.01  # share of a folder's images that may be unreadable: they are skipped
 IMAGE_SIZE = 96  # pixels a side of the views, and of a folder's images
 CROP_AREA = "auto"  # smallest share of an image that a view shows
@@ -45,6 +45,7 @@ BLUR_P = (0.3, 0.03)  # probability of the blur in view 1 and in view 2 (paper: 
 JITTER = "auto"  # strength of the colour jitter, as a multiple of the paper's
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
+STEM = "7x7"  # first convolution: 7x7, torchvision's, or 3x3 of stride 1 without max-pooling, for images of 32 pixels
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
 BATCHNORM = "auto"  # of the encoder: batch, or frozen: the statistics of INIT
 HIDDEN_DIM = 1024  # width of projector and predictor (paper: 4096)
@@ -72,10 +73,11 @@ RECIPE = {  # what "auto" stands for where INIT is
     "BATCHNORM":  ("batch", "frozen", "batch"),
     "BASE_DECAY": (0.996,   0.999,    0.996)}
 KINDS = {
-    "DATASET": path("stl10", "patterns"), "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1),
+    "DATASET": path("stl10", "cifar10", "patterns"), "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1),
     "IMAGE_SIZE": number(16, whole=True),
     "CROP_AREA": number(0.01, 1, "auto"), "BLUR_P": several(number(0, 1), exactly=2), "JITTER": number(0, 2, "auto"),
-    "ENCODER": str, "INIT": path("imagenet", "random"), "BATCHNORM": choice("auto", "batch", "frozen"),
+    "ENCODER": str, "STEM": choice("7x7", "3x3"), "INIT": path("imagenet", "random"),
+    "BATCHNORM": choice("auto", "batch", "frozen"),
     "HIDDEN_DIM": number(1, whole=True), "PROJECTION_DIM": number(2, whole=True), "EPOCHS": number(1, whole=True),
     "BATCH_SIZE": number(2, whole=True), "LEARNING_RATE": number(0), "PREDICTOR_RATE": number(0),
     "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "BASE_DECAY": number(0, 1, "auto"),
@@ -103,7 +105,7 @@ def pretrain(c: SimpleNamespace) -> None:
         threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
         images, train_split = load_images(c, device, state)
         with rank_0_first(), seeded_init(c.SEED, "heads"):
-            encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED)
+            encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED, c.STEM)
             model = BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, c.BATCHNORM == "frozen")
         model = model.to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(model, c.WEIGHT_DECAY, "predictor", c.PREDICTOR_RATE)
@@ -113,7 +115,7 @@ def pretrain(c: SimpleNamespace) -> None:
         state = (state or {"step": 0, "losses": [], "rows": [], "before": None, "after": None}) | {
             "version": VERSION, "constants": constants_of(c), "images": len(images), "world_size": world,
             "threads": torch.get_num_threads()}
-        say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, "
+        say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} ({c.STEM}) from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, "
             f"{count(c.EPOCHS, 'epoch')} of {count(len(images) // c.BATCH_SIZE, 'step')}, on {device} in {c.PRECISION}"
             f"{threads}" + f", from step {state['step']}" * (state["step"] > 0))
         say(", ".join(f"{name} {as_text(getattr(c, name))}" for name in RECIPE))

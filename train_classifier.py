@@ -39,9 +39,10 @@ from views import CROP_DRAWS, crop_of, crop_resize, normalize, send
 
 # What to compare
 RUN = "byol"  # the pretraining run in runs/ whose encoder.pt is compared, or several: A,B,C; or none
-DATASET = "run"  # run: that of RUN; stl10, patterns, or a folder with train/<class>/ and test/<class>/
+DATASET = "run"  # run: that of RUN; stl10, cifar10, patterns, or a folder with train/<class>/ and test/<class>/
 IMAGE_SIZE = "run"  # pixels a side
 ENCODER = "run"  # any torchvision ResNet by name
+STEM = "run"  # 7x7 or 3x3
 INIT = "run"  # what "without BYOL" starts from: imagenet, random, or a file with a state dict
 LABELS_PER_CLASS = (10, 50, "all")  # budgets: labelled images of each class, all, or fold: one of STL-10's ten a seed
 SEEDS = (0, 1, 2)  # one training each; a seed decides the labelled subset, the head, the crops and random weights
@@ -54,13 +55,14 @@ WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get no
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the training; then a cosine to zero
 CROP_AREA = 0.3  # smallest share of an image that a training crop shows
 # The machine
-DATA_ROOT = "data"  # where STL-10 and the caches of decoded folders live
+DATA_ROOT = "data"  # where STL-10, CIFAR-10 and the caches of decoded folders live
 MAX_UNREADABLE = 0.01  # share of a folder's images that may be unreadable: they are skipped
 DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 KINDS = {
-    "RUN": several(str), "DATASET": path("run", "stl10", "patterns"), "ENCODER": str,
+    "RUN": several(str), "DATASET": path("run", "stl10", "cifar10", "patterns"), "ENCODER": str,
+    "STEM": choice("run", "7x7", "3x3"),
     "IMAGE_SIZE": number(16, math.inf, "run", whole=True), "INIT": path("run", "imagenet", "random"),
     "LABELS_PER_CLASS": several(number(1, math.inf, "all", "fold", whole=True)),
     "SEEDS": several(number(0, whole=True)), "EPOCHS": number(1, math.inf, "auto", whole=True),
@@ -70,7 +72,7 @@ KINDS = {
 DEMO = dict(RUN="demo", LABELS_PER_CLASS=(10, 50), SEEDS=(0, 1, 2, 3, 4), EPOCHS=1, BATCH_SIZE=32, LEARNING_RATE=0.0025)
 OF_THE_RUN = {  # what "run" means where RUN is none, and with --demo
     "DATASET": ("stl10", "patterns"), "IMAGE_SIZE": (96, 32), "ENCODER": ("resnet18", "resnet18"),
-    "INIT": ("imagenet", "random")}
+    "STEM": ("7x7", "7x7"), "INIT": ("imagenet", "random")}
 FREE = {"RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "EPOCHS", "LEARNING_RATE",
         "DATASET", "INIT"}  # may change between calls, but of these two only the path
 MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "CHECKPOINT_MINUTES",
@@ -124,7 +126,7 @@ def compare(c: SimpleNamespace) -> None:
         steps = c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)  # of each; the remainder is dropped
         threads = choose_threads(device)
         say(f"{Path(c.DATASET).name}: {count(len(train.labels), 'training image')} and "
-            f"{count(len(test.labels), 'test image')} of {len(train.classes)} classes\n{c.ENCODER} from "
+            f"{count(len(test.labels), 'test image')} of {len(train.classes)} classes\n{c.ENCODER} ({c.STEM}) from "
             f"{Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in {c.PRECISION}{threads}\n"
             f"{count(len(missing), 'training')} of {count(steps, 'step')} to do")
         setup = build_setup(c, train, test, device, encoders, len(missing) * steps)
@@ -170,7 +172,7 @@ def images_of(labels: int | str, train: Split) -> int:
 
 def build_setup(c: SimpleNamespace, train: Split, test: Split, device: torch.device, encoders: list[Path],
                 steps: int) -> Setup:
-    network, feature_dim = build_encoder(c.ENCODER, "random", 0)
+    network, feature_dim = build_encoder(c.ENCODER, "random", 0, c.STEM)
     network.fc = new_head(feature_dim, len(train.classes), 0)
     network = network.to(device, memory_format=torch.channels_last)
     compiled = compiler(device, steps)
@@ -205,7 +207,7 @@ def frozen_encoder(setup: Setup, arm: str, seed: int) -> tuple[dict[str, Tensor]
     init = str(setup.encoders[seed % len(setup.encoders)]) if arm == WITH_BYOL else setup.c.INIT
     key = init, seed if init == "random" else None  # an encoder that no seed changes is asked once
     if key not in setup.frozen:
-        encoder = build_encoder(setup.c.ENCODER, init, seed)[0].to(setup.device, memory_format=torch.channels_last)
+        encoder = build_encoder(setup.c.ENCODER, init, seed, setup.c.STEM)[0].to(setup.device, memory_format=torch.channels_last)
         features = (extract_features(encoder, split.pixels, setup.device, setup.c.PRECISION).cpu()
                     for split in (setup.train, setup.test))
         setup.frozen[key] = encoder.state_dict(), *features
@@ -303,7 +305,7 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
                             "(--run none)")
         runs.append(run := read_json(config, "constants")["constants"])
         for constant in OF_THE_RUN:
-            value, of_run = getattr(c, constant), KINDS[constant](run[constant])
+            value, of_run = getattr(c, constant), KINDS[constant](run.get(constant, OF_THE_RUN[constant][0]))
             same = value in ("run", of_run) or constant == "INIT" and digest_of(value) == run.get("INIT_SHA256")
             if not same and not (constant == "DATASET" and run.get("LABELLED") and Path(value).is_dir()):
                 raise UserError(f"{constant} {value} contradicts {config}, which says {of_run}: set it to run, or "

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # no lock on Windows
 
-VERSION = 7  # of checkpoints and results; raised where what an earlier version began cannot be continued
+VERSION = 8  # of checkpoints and results; raised where what an earlier version began cannot be continued
 MIN_STEPS_TO_COMPILE = 2000  # for fewer, the half minute to a minute that torch.compile takes is not won back
 LOCK = ".lock"
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--stem", default="7x7", choices=["7x7", "3x3"])
     parser.add_argument("--images", type=Path, help="a folder of images, at any depth")
     parser.add_argument("--seconds", type=float, default=20, help="of each row, at least, after its warm-up [20]")
     args = parser.parse_args()
@@ -103,7 +104,7 @@ def main() -> None:
         seconds.update({name: statistics.median(taken) for name, taken in of.items()})
 
     def build(memory_format):
-        encoder, feature_dim = build_encoder("resnet18", "random", 0)
+        encoder, feature_dim = build_encoder("resnet18", "random", 0, args.stem)
         with seeded_init(0, "heads"):
             model = BYOL(encoder, feature_dim).to(device, memory_format=memory_format)
         return model, build_optimizer(model, 5e-4)
@@ -166,7 +167,7 @@ def main() -> None:
     measure_ours()
     print(f"{environment(device)['hardware']}, {torch.get_num_threads()} threads, {os.cpu_count()} workers, "
           f"torch {torch.__version__}, {precision}{', compiled' * can_compile(device)}\n"
-          f"ResNet18 at {size} px, batch {batch_size}, {len(pixels):,} {'images' if files else 'images of noise'}\n")
+          f"ResNet18 ({args.stem}) at {size} px, batch {batch_size}, {len(pixels):,} {'images' if files else 'images of noise'}\n")
     for name in ("floor", "whole step", "augmentation", "common pipeline"):
         speed, share = batch_size / seconds[name], seconds["floor"] / seconds[name]
         print(f"{name:<15} {speed:9.1f} images/s   {share:.2f}{memory[name]}")

@@ -57,7 +57,7 @@ def device(request):
     return torch.device(request.param)
 
 
-def small_encoder(name: str, init: str, seed: int) -> tuple[nn.Module, int]:
+def small_encoder(name: str, init: str, seed: int, stem: str = "7x7") -> tuple[nn.Module, int]:
     """Stands in for encoders.build_encoder where a test needs a network that learns, but not a ResNet18's time."""
     with utils.seeded_init(seed, "encoder"):
         encoder = nn.Sequential()

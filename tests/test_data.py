@@ -1,6 +1,7 @@
 """Datasets: STL-10's own format, folders of images of every kind, the cache, the patterns."""
 import hashlib
 import os
+import pickle
 import shutil
 import struct
 import tarfile
@@ -101,6 +102,52 @@ def test_stl10_files_that_are_torn_or_foreign_are_named(tmp_path, file, content,
     with pytest.raises(UserError, match=message) as error:
         load_split("stl10", "train", str(tmp_path), 96)
     assert file in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- CIFAR-10
+
+def write_cifar10(root, monkeypatch, per_batch=4, test=10):
+    """Small files in CIFAR-10's format, with their own checksums. Returns the training images, [N,3,32,32]."""
+    folder, names = root / data.CIFAR10.base_folder, [f"label {i}" for i in range(10)]
+    folder.mkdir(parents=True)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    images = np.random.default_rng(0).integers(0, 256, (5 * per_batch, 3072), dtype=np.uint8)
+    parts = [{"data": part, "labels": [i % 10 for i in range(per_batch)]} for part in np.split(images, 5)]
+    monkeypatch.setattr(data.CIFAR10, "train_list", [write(f"data_batch_{i}", part) for i, part in enumerate(parts, 1)])
+    last = {"data": images[:test], "labels": [i % 10 for i in range(test)]}
+    monkeypatch.setattr(data.CIFAR10, "test_list", [write("test_batch", last)])
+    name, md5 = write("batches.meta", {"label_names": names})
+    monkeypatch.setattr(data.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return images.reshape(-1, 3, 32, 32)
+
+
+def test_cifar10_is_read_as_it_is_stored_and_its_training_images_are_the_unlabeled_ones_too(tmp_path, monkeypatch,
+                                                                                           capsys):
+    images = write_cifar10(tmp_path, monkeypatch)
+    for split, expected in (("unlabeled", images), ("train", images), ("test", images[:10])):
+        pixels, labels, classes = load_split("cifar10", split, str(tmp_path), 32)
+        assert pixels.dtype == torch.uint8 and np.array_equal(pixels.numpy(), expected)
+        assert classes == [f"label {i}" for i in range(10)]
+        assert labels is None if split == "unlabeled" else labels.tolist()[:5] == ([0, 1, 2, 3, 0], [0, 1, 2, 3, 4])[
+            split == "test"]
+    assert capsys.readouterr().out == ""
+    assert load_split("cifar10", "train", str(tmp_path), 48).pixels.shape == (20, 3, 48, 48)
+    assert capsys.readouterr().out == "IMAGE_SIZE 48 enlarges the images: they have 32 pixels a side\n"
+    assert load_split("cifar10", "unlabeled", str(tmp_path), 48).pixels.shape == (20, 3, 32, 32)
+    assert capsys.readouterr().out == "", "said once"
+
+
+def test_cifar10_that_is_torn_or_missing_is_downloaded_again(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
+    (tmp_path / data.CIFAR10.base_folder / "data_batch_3").write_bytes(b"torn")
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive",
+                        Mock(side_effect=OSError("Network is unreachable")))
+    with pytest.raises(UserError, match=r"CIFAR-10 could not be .*unreachable\): put cifar-10-python.tar.gz into .*--demo"):
+        load_split("cifar10", "train", str(tmp_path), 32)
 
 
 # ---------------------------------------------------------------------------------------------------------- folder
@@ -387,7 +434,7 @@ def test_a_link_to_a_folder_that_is_not_there_is_an_error(tmp_path, link):
     (lambda root: (root / "train" / "c").mkdir(), "no images of class 'c'"),
     (lambda root: shutil.rmtree(root / "test" / "b"), "test/b holds no images of class 'b'"),
     (lambda root: shutil.rmtree(root / "train"), "train is missing: labelled images belong in .*train/<class>/"),
-    (lambda root: shutil.rmtree(root), "images' is neither 'stl10', 'patterns' nor an existing folder")])
+    (lambda root: shutil.rmtree(root), "images' is neither 'stl10', 'cifar10', 'patterns' nor an existing folder")])
 def test_folders_that_are_no_dataset_are_named(tmp_path, spoil, message):
     root = write_folder(tmp_path / "images")
     spoil(root)

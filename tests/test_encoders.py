@@ -24,6 +24,30 @@ def test_encoder_is_torchvisions_without_the_classifier():
     assert not torch.equal(encoder.conv1.weight, other.conv1.weight)
 
 
+def test_the_3x3_stem_keeps_the_size_of_small_images_and_all_other_weights():
+    usual, small = (build_encoder("resnet18", "random", 3, stem)[0] for stem in ("7x7", "3x3"))
+    maps = {}
+    for stem, encoder in (("7x7", usual), ("3x3", small)):
+        for name in ("layer1", "layer4"):
+            encoder.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, key=(stem, name): maps.update({key: tuple(output.shape[1:])}))
+        encoder.eval()(torch.randn(2, 3, 32, 32))
+    assert maps == {("7x7", "layer1"): (64, 8, 8), ("7x7", "layer4"): (512, 1, 1),
+                    ("3x3", "layer1"): (64, 32, 32), ("3x3", "layer4"): (512, 4, 4)}
+    assert small.conv1.weight.shape == (64, 3, 3, 3) and small.conv1.bias is None and small.conv1.stride == (1, 1)
+    assert abs(small.conv1.weight.std().item() / (2 / (64 * 9)) ** 0.5 - 1) < 0.05, "He et al.'s, of what goes out"
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in usual.state_dict().items()
+               if name != "conv1.weight")
+
+
+@pytest.mark.parametrize("own, other", [("7x7", "3x3"), ("3x3", "7x7")])
+def test_weights_of_the_other_stem_are_refused(tmp_path, own, other):
+    torch.save(build_encoder("resnet18", "random", 0, own)[0].state_dict(), tmp_path / "weights.pt")
+    assert build_encoder("resnet18", str(tmp_path / "weights.pt"), 1, own)
+    with pytest.raises(UserError, match=r"weights.pt have another STEM: set it to the other one \(--stem\), or INIT"):
+        build_encoder("resnet18", str(tmp_path / "weights.pt"), 1, other)
+
+
 def test_encoder_from_a_weights_file_with_or_without_classifier(tmp_path):
     weights = torchvision.models.resnet18().state_dict()
     bare = {name: weight for name, weight in weights.items() if not name.startswith("fc.")}

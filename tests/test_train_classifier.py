@@ -18,7 +18,7 @@ import utils
 from conftest import HAS_GPU, small_encoder, trace_compiled
 from data import Split, draw_patterns, load_folds
 from evaluate import gain_interval
-from test_data import write_folder, write_stl10
+from test_data import write_cifar10, write_folder, write_stl10
 from test_train_byol import TINY
 from train_classifier import BASELINE, PROTOCOLS, WITH_BYOL, Training, fine_tune, plan, run_training, subset_of
 from views import denormalize
@@ -140,6 +140,21 @@ def test_stl10s_folds_are_subsets_and_the_classifier_loads_into_torchvision(tmp_
     assert "SEEDS from 0 to 9: it has ten folds" in capsys.readouterr().err
 
 
+def test_cifar10_with_the_3x3_stem_from_pretraining_to_a_classifier_in_torchvision(tmp_path, monkeypatch, capsys):
+    write_cifar10(tmp_path / "data", monkeypatch)
+    assert train_byol.main(["--dataset", "cifar10", "--stem", "3x3", "--image-size", "16", "--init", "random", "--epochs",
+                            "1", "--batch-size", "10", "--hidden-dim", "16", "--run", "small", "--device", "cpu"]) == 0
+    assert train_classifier.main(["--run", "small", *QUICK, "--seeds", "0"]) == 0
+    assert "20 images, resnet18 (3x3) from random weights" in (out := capsys.readouterr().out)
+    assert out.count("resnet18 (3x3) from random weights") == 2 and "10 test images of 10 classes" in out
+    for file, fc in (("encoder.pt", torch.nn.Identity()), ("classifier.pt", torch.nn.Linear(512, 10))):
+        network = torchvision.models.resnet18()
+        network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = torch.nn.Identity()
+        network.fc = fc
+        network.load_state_dict(torch.load(f"runs/small/{file}", weights_only=True))
+
+
 def test_compiled_fine_tuning_is_the_same_and_is_compiled_once(pretrained, monkeypatch, capsys):
     """What a GPU has recorded of the first training serves all: its memory, its graph, its batch size."""
     argv = ["--labels-per-class", "all,3", "--seeds", "0,1", "--overwrite"]  # 6 images are no batch of 8: left alone
@@ -182,7 +197,8 @@ def test_dataset_encoder_init_and_size_come_from_the_run(pretrained, monkeypatch
     assert compare("--seeds", "0", "--image-size", "16", "--dataset", "./images") == 0, "what agrees is no error"
     constants = results()["constants"]
     assert constants["DATASET"] == str(Path("images").resolve()) and constants["IMAGE_SIZE"] == 16
-    for name, value in (("IMAGE_SIZE", 32), ("DATASET", "stl10"), ("ENCODER", "resnet34"), ("INIT", "imagenet")):
+    for name, value in (("IMAGE_SIZE", 32), ("DATASET", "stl10"), ("ENCODER", "resnet34"), ("STEM", "3x3"),
+                        ("INIT", "imagenet")):
         expected = f"error: {name} {value} contradicts runs/tiny/config.json, which says {constants[name]}: set it to "
         assert compare(utils.flag(name), str(value)) == 1 and capsys.readouterr().err.startswith(expected)
         with monkeypatch.context() as file:
@@ -412,7 +428,7 @@ def test_both_arms_get_the_same_head_batches_crops_and_steps(small, monkeypatch)
 
 
 def test_identical_encoders_gain_exactly_nothing(pretrained, monkeypatch):
-    monkeypatch.setattr(train_classifier, "build_encoder", lambda name, init, seed: small_encoder(name, "random", 0))
+    monkeypatch.setattr(train_classifier, "build_encoder", lambda name, *rest: small_encoder(name, "random", 0))
     assert compare("--seeds", "0,1") == 0
     for protocol in PROTOCOLS:
         assert not gains("tiny", protocol).any() and results()["summary"]["all"][protocol]["interval"] == [0, 0]
