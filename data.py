@@ -61,9 +61,10 @@ class Split(NamedTuple):
 
 
 def load_split(dataset: str, split: str, data_root: str, size: int, max_unreadable: float = 0.01) -> Split | None:
-    """One split ("unlabeled", "train" or "test") of "stl10", "cifar10", "patterns" or a folder. size: pixels a side. The
-    unlabeled images of the first two keep their own, because the views are cut to size anyway. max_unreadable: share of a folder's images
-    that may be. Returns None where a folder does not have the split. Raises UserError for data that cannot be used."""
+    """One split ("unlabeled", "train" or "test") of "stl10", "cifar10", "patterns" or a folder. size: pixels a side.
+    The unlabeled images of the first two keep their own, because the views are cut to size anyway. max_unreadable:
+    share of a folder's images that may be. Returns None where a folder does not have the split. Raises UserError for
+    data that cannot be used."""
     if dataset == "stl10":
         return load_stl10(split, Path(data_root), size)
     if dataset == "cifar10":

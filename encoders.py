@@ -76,8 +76,8 @@ def find_weights(content: Any, wanted: dict[str, Tensor], source: str) -> dict[s
                      (name not in own or name not in wanted or own[name].shape != wanted[name].shape)]
             (misfits if wrong else fitting)[f"{container} {prefix}".strip()] = sorted(wrong) or own
     if len(fitting) > 1:
-        raise UserError(f"{source} holds the weights of several networks ({', '.join(sorted(fitting))}): save one alone "
-                        "(that of a run of ours is its encoder.pt)")
+        raise UserError(f"{source} holds the weights of several networks ({', '.join(sorted(fitting))}): save one "
+                        "alone (that of a run of ours is its encoder.pt)")
     if not fitting and misfits:
         place, wrong = min(misfits.items(), key=lambda misfit: len(misfit[1]))
         if wrong == ["conv1.weight"]:

@@ -45,7 +45,7 @@ BLUR_P = (0.3, 0.03)  # probability of the blur in view 1 and in view 2 (paper: 
 JITTER = "auto"  # strength of the colour jitter, as a multiple of the paper's
 # Networks
 ENCODER = "resnet18"  # any torchvision ResNet by name
-STEM = "7x7"  # first convolution: 7x7, torchvision's, or 3x3 of stride 1 without max-pooling, for images of 32 pixels
+STEM = "7x7"  # 7x7 is torchvision's; 3x3, of stride 1 and without max-pooling, is for images of 32 pixels
 INIT = "imagenet"  # imagenet, random, or a file with a state dict of that ResNet
 BATCHNORM = "auto"  # of the encoder: batch, or frozen: the statistics of INIT
 HIDDEN_DIM = 1024  # width of projector and predictor (paper: 4096)
@@ -115,9 +115,9 @@ def pretrain(c: SimpleNamespace) -> None:
         state = (state or {"step": 0, "losses": [], "rows": [], "before": None, "after": None}) | {
             "version": VERSION, "constants": constants_of(c), "images": len(images), "world_size": world,
             "threads": torch.get_num_threads()}
-        say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} ({c.STEM}) from {Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, "
-            f"{count(c.EPOCHS, 'epoch')} of {count(len(images) // c.BATCH_SIZE, 'step')}, on {device} in {c.PRECISION}"
-            f"{threads}" + f", from step {state['step']}" * (state["step"] > 0))
+        say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} ({c.STEM}) from {Path(c.INIT).name} weights at "
+            f"{c.IMAGE_SIZE} px, {count(c.EPOCHS, 'epoch')} of {count(len(images) // c.BATCH_SIZE, 'step')}, on "
+            f"{device} in {c.PRECISION}{threads}" + f", from step {state['step']}" * (state["step"] > 0))
         say(", ".join(f"{name} {as_text(getattr(c, name))}" for name in RECIPE))
         if rank == 0:
             begin_folder(c, folder, images, device)

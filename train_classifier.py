@@ -207,7 +207,8 @@ def frozen_encoder(setup: Setup, arm: str, seed: int) -> tuple[dict[str, Tensor]
     init = str(setup.encoders[seed % len(setup.encoders)]) if arm == WITH_BYOL else setup.c.INIT
     key = init, seed if init == "random" else None  # an encoder that no seed changes is asked once
     if key not in setup.frozen:
-        encoder = build_encoder(setup.c.ENCODER, init, seed, setup.c.STEM)[0].to(setup.device, memory_format=torch.channels_last)
+        encoder, _ = build_encoder(setup.c.ENCODER, init, seed, setup.c.STEM)
+        encoder = encoder.to(setup.device, memory_format=torch.channels_last)
         features = (extract_features(encoder, split.pixels, setup.device, setup.c.PRECISION).cpu()
                     for split in (setup.train, setup.test))
         setup.frozen[key] = encoder.state_dict(), *features

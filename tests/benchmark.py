@@ -167,7 +167,8 @@ def main() -> None:
     measure_ours()
     print(f"{environment(device)['hardware']}, {torch.get_num_threads()} threads, {os.cpu_count()} workers, "
           f"torch {torch.__version__}, {precision}{', compiled' * can_compile(device)}\n"
-          f"ResNet18 ({args.stem}) at {size} px, batch {batch_size}, {len(pixels):,} {'images' if files else 'images of noise'}\n")
+          f"ResNet18 ({args.stem}) at {size} px, batch {batch_size}, "
+          f"{len(pixels):,} images{' of noise' * (not files)}\n")
     for name in ("floor", "whole step", "augmentation", "common pipeline"):
         speed, share = batch_size / seconds[name], seconds["floor"] / seconds[name]
         print(f"{name:<15} {speed:9.1f} images/s   {share:.2f}{memory[name]}")

@@ -82,7 +82,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_named(tmp_path):
             ({"net": {"backbone." + name: value for name, value in whole.items()}}, "do not fit .* of net backbone"),
             ({"q": own, "k": own}, r"holds the weights of several networks \(k, q\): save one alone"),
             ({**own, "projector.weight": torch.ones(1)}, "do not fit ENCODER: 1 tensors .* projector.weight"),
-            ({**own, "conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, "holds weights that are no finite numbers")]:
+            ({**own, "conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, "holds weights that are no finite")]:
         file = tmp_path / "weights.pt"
         if isinstance(content, bytes):
             file.write_bytes(content)
@@ -102,7 +102,8 @@ def test_weights_are_found_in_one_container_and_behind_one_prefix(tmp_path, caps
     content = {prefix + name: value for name, value in weights.items()} | {f"{prefix}fc.0.weight": torch.ones(3)}
     if prefix:
         content |= {"queue": torch.ones(4, 4), "predictor.0.weight": torch.ones(2, 2)}
-    torch.save({container: content, "epoch": 7, "optimizer": {"state": {}}} if container else content, tmp_path / "x.pt")
+    whole = {container: content, "epoch": 7, "optimizer": {"state": {}}} if container else content
+    torch.save(whole, tmp_path / "x.pt")
     encoder, _ = build_encoder("resnet18", str(tmp_path / "x.pt"), seed=0)
     assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
     place = f"{container} {prefix}".strip()

@@ -142,8 +142,8 @@ def test_stl10s_folds_are_subsets_and_the_classifier_loads_into_torchvision(tmp_
 
 def test_cifar10_with_the_3x3_stem_from_pretraining_to_a_classifier_in_torchvision(tmp_path, monkeypatch, capsys):
     write_cifar10(tmp_path / "data", monkeypatch)
-    assert train_byol.main(["--dataset", "cifar10", "--stem", "3x3", "--image-size", "16", "--init", "random", "--epochs",
-                            "1", "--batch-size", "10", "--hidden-dim", "16", "--run", "small", "--device", "cpu"]) == 0
+    assert train_byol.main(["--dataset", "cifar10", "--stem", "3x3", "--image-size", "16", "--init", "random", "--run",
+                            "small", "--epochs", "1", "--batch-size", "9", "--hidden-dim", "8", "--device", "cpu"]) == 0
     assert train_classifier.main(["--run", "small", *QUICK, "--seeds", "0"]) == 0
     assert "20 images, resnet18 (3x3) from random weights" in (out := capsys.readouterr().out)
     assert out.count("resnet18 (3x3) from random weights") == 2 and "10 test images of 10 classes" in out

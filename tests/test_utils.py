@@ -55,7 +55,8 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
 
 def test_flags_win_over_the_demo_and_the_demo_over_the_file():
     script = edited(train_byol, EPOCHS="EPOCHS = 3", LOG_EVERY="LOG_EVERY = 7")
-    for argv, epochs in (([], 3), (["--demo"], train_byol.DEMO["EPOCHS"]), (["--epochs", "9", "--demo", "--overwrite"], 9)):
+    for argv, epochs in (([], 3), (["--demo"], train_byol.DEMO["EPOCHS"]),
+                         (["--epochs", "9", "--demo", "--overwrite"], 9)):
         c = read_constants(script, argv)
         assert (c.EPOCHS, c.LOG_EVERY, c.demo, c.overwrite) == (epochs, 7, "--demo" in argv, "--overwrite" in argv)
     for column, argv in ((0, []), (1, ["--demo"])):  # both scripts mean the same data
@@ -120,7 +121,8 @@ def test_constants_may_be_annotated_set_together_or_nothing(capsys):
 
 
 def test_wrong_flags_are_named():
-    for flags, message in ((["stray"], "stray belongs to no flag: several values of one have commas"), (["--epochs"], "EPOCHS expected one argument")):
+    for flags, message in ((["stray"], "stray belongs to no flag: several values of one have commas"),
+                           (["--epochs"], "EPOCHS expected one argument")):
         with pytest.raises(UserError, match=message):
             read_constants(vars(train_byol), flags)
 
@@ -136,7 +138,7 @@ def test_what_a_user_can_mend_is_one_line_and_a_bug_keeps_its_traceback(capsys):
                         (OSError(28, "Full", "runs/x"), "cannot read or write runs/x (Full): make space, or check"),
                         (torch.OutOfMemoryError("50 GiB\nmore"), "memory is exhausted (50 GiB more"),
                         (MemoryError("7 GiB"), "memory is exhausted (7 GiB"),
-                        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "memory is exhausted (Default")):
+                        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "memory is exhausted (Def")):
         assert run_script(Mock(side_effect=error), vars(train_byol), []) == 1
         assert re.fullmatch(re.escape(f"error: {line}") + ".*\n", capsys.readouterr().err)
     for bug in (ZeroDivisionError, NotImplementedError, RuntimeError("shapes do not match")):
