@@ -1,5 +1,7 @@
 """The figures: what can be counted in them; the rest is looked at."""
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +41,9 @@ def test_names_in_a_figure_are_text_whatever_they_hold(tmp_path, generator):
         plot_neighbors(tmp_path / "x.png", pixels, labels, ["$\\frac{a$ ^_", "caf\udce9", "\u732b \U0001f408"],
                        {"an arm": torch.eye(3)}, generator, "run_$x_$")
     assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_the_readmes_picture_is_drawn(tmp_path):
+    method = runpy.run_path(str(Path(train_byol.__file__).parent / "images" / "method.py"))
+    method["main"](tmp_path / "method.png")
+    assert (tmp_path / "method.png").stat().st_size > 10_000
