@@ -24,8 +24,7 @@ class BYOL(nn.Module):
     The target gets no gradient and stays in train mode: its BatchNorm normalises by its own batch, as in the
     official code. Call `update_target` after each optimizer step.
     frozen_batchnorm: both encoders normalise by the statistics that `encoder` came with, and keep them; the heads
-    normalise by the batch. For an encoder that is good already: the statistics of views are not those of images.
-    """
+    normalise by the batch. For an encoder that is good already: the statistics of views are not those of images."""
 
     def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 4096, projection_dim: int = 256,
                  frozen_batchnorm: bool = False):
@@ -69,8 +68,7 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
 def build_optimizer(module: nn.Module, weight_decay: float, child: str = "", factor: float = 1) -> torch.optim.SGD:
     """SGD with momentum 0.9; `set_learning_rate` sets the rate of each step. Matrices and convolutions decay; BatchNorm
     and biases, the 1-D parameters, do not. The child module of that name learns `factor` times as fast as all else, its
-    groups' `scale`. In BYOL it is the predictor: one that is ahead keeps features from collapsing into few directions
-    (the paper wants it near-optimal)."""
+    groups' `scale`: BYOL's predictor, because one that is ahead keeps features from collapsing into few directions."""
     groups = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -109,7 +107,6 @@ def embedding_spread(z: Tensor) -> Tensor:
 def effective_rank(features: Tensor) -> Tensor:
     """In how many directions features [N,D] vary, 1 to min(N - 1, D), whatever their scale. Exp of the entropy of the
     principal axes' shares of variance: Roy & Vetterli 2007, who take shares of the singular values. A collapse into few
-    directions shows here. It need not show in the spread of the projections, because the projector's BatchNorm widens
-    whatever is left; a collapse to one point shows there."""
+    directions shows here, but not always in the spread, because the projector's BatchNorm widens whatever is left."""
     variance = torch.linalg.svdvals(features - features.mean(dim=0)).square()
     return torch.special.entr(variance / variance.sum().clamp(min=1e-30)).sum().exp()

@@ -3,46 +3,40 @@
 `load_split` is the way in. STL-10's files are memory-mapped as they are; a folder's images are decoded once into a
 cache that later runs map. An array larger than memory therefore costs address space only.
 """
-import json
-import math
 import os
 import shutil
 import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, STL10
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.transforms.v2 import functional as tv
 
-from utils import UserError, count, one_line, progress, say, seeded_generator, whole_file, write_json
+from utils import UserError, count, one_line, progress, read_json, say, seeded_generator, whole_file, write_json
 from views import send
 
-STL10_SIDE = 96
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 PATTERN_COUNTS = {"unlabeled": 4000, "train": 2000, "test": 1000}
 NOISE = 0.25  # standard deviation of what lies over the patterns, of pixels from 0 to 1
-PATTERN_SEED = 0  # the drawing's own: the same data whatever the run's seed
 MAX_PIXELS = 100_000_000  # of an image as it is decoded; more is taken for a decompression bomb
 FILES_OF_A_WORKER = 500  # images, at least, that a worker process is started for
 # Image formats, where Pillow has them, and their endings; never EPS or WMF, which start other programs.
 ENDINGS = {ending: kind for ending, kind in Image.registered_extensions().items()
            if kind in {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM"}}
 FORMATS = [kind for kind in set(ENDINGS.values()) if kind in Image.OPEN]
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limit holds for the whole of a large JPEG, which is decoded at a fraction
 
 
@@ -55,30 +49,32 @@ class Split(NamedTuple):
         """A digest of the images' number, labels and classes, and of the pixels of a thousand evenly spaced ones."""
         n, labels = len(self.pixels), [] if self.labels is None else self.labels.tolist()
         index = torch.linspace(0, n - 1, min(1000, n), dtype=torch.float64).long()
-        digest = sha256(repr((n, self.classes, labels)).encode())
-        digest.update(fetch(self.pixels, index, torch.device("cpu")).contiguous().numpy())
-        return digest.hexdigest()[:16]
+        pixels = fetch(self.pixels, index, torch.device("cpu")).numpy()
+        return sha256(repr((n, self.classes, labels)).encode() + pixels.tobytes()).hexdigest()[:16]
 
 
 def load_split(dataset: str, split: str, data_root: str, size: int, max_unreadable: float = 0.01) -> Split | None:
     """One split ("unlabeled", "train" or "test") of "stl10", "cifar10", "patterns" or a folder. size: pixels a side.
-    The unlabeled images of the first two keep their own, because the views are cut to size anyway. max_unreadable:
-    share of a folder's images that may be. Returns None where a folder does not have the split. Raises UserError for
-    data that cannot be used."""
-    if dataset == "stl10":
-        return load_stl10(split, Path(data_root), size)
-    if dataset == "cifar10":
-        return load_cifar10(split, Path(data_root), size)
+    The unlabeled images of the first two keep their own, as views are cut to size anyway. max_unreadable: share of a
+    folder's images that may be. None where a folder lacks the split. Raises UserError for data that cannot be used."""
+    if dataset in ("stl10", "cifar10"):
+        images = (load_stl10 if dataset == "stl10" else load_cifar10)(split, Path(data_root))
+        side = images.pixels.shape[-1]
+        if split == "unlabeled" or side == size:
+            return images
+        if side < size:
+            say(f"IMAGE_SIZE {size} enlarges the images: they have {side} pixels a side")
+        pixels = tv.resize(images.pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
+        return images._replace(pixels=pixels)
     if dataset == "patterns":
-        return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(PATTERN_SEED, "patterns", split))
+        return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(0, "patterns", split))  # whatever the SEED
     if not Path(dataset).is_dir():
         raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'cifar10', 'patterns' nor an existing folder")
     return load_folder(Path(dataset), split, Path(data_root), size, max_unreadable)
 
 
 def load_for_pretraining(dataset: str, *rest: Any) -> tuple[Split, Split | None]:
-    """The images without labels, or where there are none those of train/; and train/, where there is one. rest: what
-    `load_split` takes after the split."""
+    """The images without labels, else those of train/; and train/, where there is one. rest: as `load_split` has it."""
     train, unlabeled = (load_split(dataset, split, *rest) for split in ("train", "unlabeled"))
     if unlabeled is None and train is None:
         raise UserError(f"DATASET {dataset!r} has neither unlabeled/ nor train/: there are no images to pretrain on")
@@ -87,42 +83,30 @@ def load_for_pretraining(dataset: str, *rest: Any) -> tuple[Split, Split | None]
     return unlabeled or train, train
 
 
-def load_stl10(split: str, root: Path, size: int) -> Split:
+def load_stl10(split: str, root: Path) -> Split:
     """Map a split of STL-10, after downloading it where it is missing. Labels 1 to 10 become 0 to 9."""
-    folder = root / "stl10_binary"
-    files = [folder / f"{split}_X.bin"] + ([] if split == "unlabeled" else [folder / f"{split}_y.bin"])
-    if not all(file.exists() for file in files):
-        download_stl10(root, missing=next(file for file in files if not file.exists()))
-    pixels = map_pixels(files[0], STL10_SIDE).transpose(2, 3)  # stored column by column
+    files = [root / "stl10_binary" / f"{split}_{kind}.bin" for kind in ("X" if split == "unlabeled" else "Xy")]
+    if missing := [file for file in files if not file.exists()]:
+        download_stl10(root, missing[0])
+    pixels = map_pixels(files[0], side=96).transpose(2, 3)  # stored column by column
     if split == "unlabeled":
         return Split(pixels, None, STL10_CLASSES)
     labels = torch.from_numpy(np.fromfile(files[1], dtype=np.uint8)).long()
     if len(labels) != len(pixels) or not set(labels.tolist()) <= set(range(1, 11)):
         raise UserError(f"{files[1]} does not hold a label from 1 to 10 for each of the {len(pixels)} images of "
                         f"{files[0].name}: delete both to download them again")
-    return Split(resize(pixels, size), labels - 1, STL10_CLASSES)
+    return Split(pixels, labels - 1, STL10_CLASSES)
 
 
-def resize(pixels: Tensor, size: int) -> Tensor:
-    if size > pixels.shape[-1]:
-        say(f"IMAGE_SIZE {size} enlarges the images: they have {pixels.shape[-1]} pixels a side")
-    if size == pixels.shape[-1]:
-        return pixels
-    return tv.resize(pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
-
-
-def load_cifar10(split: str, root: Path, size: int) -> Split:
-    """A split of CIFAR-10, which torchvision downloads (170 MB) and checks. Its training images are the unlabeled ones,
-    too."""
+def load_cifar10(split: str, root: Path) -> Split:
+    """CIFAR-10, which torchvision downloads (170 MB) and checks. Its training images are the unlabeled ones, too."""
     try:
         images = CIFAR10(str(root), train=split != "test", download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"CIFAR-10 could not be downloaded ({one_line(error)}): put {CIFAR10.filename} into {root}, or "
                         "try --demo") from error
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
-    if split == "unlabeled":
-        return Split(pixels, None, images.classes)
-    return Split(resize(pixels, size), torch.tensor(images.targets), images.classes)
+    return Split(pixels, None if split == "unlabeled" else torch.tensor(images.targets), images.classes)
 
 
 def load_folds(data_root: str, n: int) -> list[Tensor]:
@@ -143,12 +127,10 @@ def download_stl10(root: Path, missing: Path) -> None:
     unpacking = root / "stl10_unpacking"  # renamed when whole, so a torn unpacking is never taken for the data
     archive = root / STL10.filename
     try:
-        if was_there := archive.exists():
-            say(f"unpacking {archive}")
-            if not check_integrity(str(archive), STL10.tgz_md5):
-                raise UserError(f"{archive} is torn: delete it, or complete it by curl -C - -o {archive} {STL10.url}")
-        else:
-            say(f"downloading STL-10 (2.6 GB, once) to {root}")
+        was_there = archive.exists()
+        say(f"unpacking {archive}" if was_there else f"downloading STL-10 (2.6 GB, once) to {root}")
+        if was_there and not check_integrity(str(archive), STL10.tgz_md5):
+            raise UserError(f"{archive} is torn: delete it, or complete it by curl -C - -o {archive} {STL10.url}")
         download_and_extract_archive(STL10.url, str(root), str(unpacking), STL10.filename, STL10.tgz_md5,
                                      remove_finished=not was_there)
         shutil.copytree(unpacking / "stl10_binary", missing.parent, dirs_exist_ok=True, copy_function=os.replace)
@@ -162,7 +144,7 @@ def map_pixels(file: Path, side: int) -> Tensor:
     """Map a file of raw images as uint8 [N,3,side,side]; nothing is read until it is used."""
     size, image = file.stat().st_size, 3 * side * side
     if size == 0 or size % image:
-        raise UserError(f"{file} has {size} bytes, which is no whole number of {side}x{side} images ({image} bytes "
+        raise UserError(f"{file} has {size} bytes, which is not a whole number of {side}x{side} images ({image} bytes "
                         "each): it is truncated or not what it should be; delete it to have it made again")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the tensor must not be written to, and is not
@@ -182,29 +164,24 @@ def load_folder(folder: Path, split: str, root: Path, size: int, max_unreadable:
     files, labels, others = [], [], Counter()
     for label, part in enumerate([top / name for name in classes] or [top]):
         found = image_files(part, others) if is_folder(part) else []
+        left_out = ", ".join(f"{n:,} {ending or 'without an ending'}" for ending, n in others.items())
         if not found:
             raise UserError(f"{part} holds no images" + f" of class {part.name!r}" * bool(classes)
-                            + f", but {endings_of(others)}" * bool(others))
+                            + f", but {left_out}" * bool(others))
         files += found
         labels += [label] * len(found)
     if others:
-        say(f"left out of {top}: {endings_of(others)}")
+        say(f"left out of {top}: {left_out}")
     pixels, kept = cached_pixels(top, files, root, size, max_unreadable)
     return Split(pixels, torch.tensor(labels)[kept] if classes else None, classes)
 
 
-def endings_of(others: Counter) -> str:
-    """How many files have which ending, in words."""
-    return ", ".join(f"{n:,} {ending or 'without an ending'}" for ending, n in others.items())
-
-
 def class_names(top: Path) -> list[str]:
     """Names of the class folders below `top`, sorted."""
-    if not is_folder(top):
-        raise UserError(f"{top} is missing: labelled images belong in {top}/<class>/")
-    names = sorted(entry.name for entry in os.scandir(top) if is_folder(entry) and not entry.name.startswith("."))
+    entries = os.scandir(top) if is_folder(top) else ()
+    names = sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"{top} holds no class folders: labelled images belong in {top}/<class>/")
+        raise UserError(f"{top} is missing, or holds no class folders: labelled images belong in {top}/<class>/")
     return names
 
 
@@ -216,15 +193,14 @@ def is_folder(path: Path | os.DirEntry) -> bool:
 
 
 def image_files(top: Path, others: Counter) -> list[Path]:
-    """Image files below `top`, behind links, too, each folder once; sorted, without what is hidden. `others` counts
-    all other files by their endings. Raises OSError for a folder that cannot be read."""
+    """Image files below `top`, behind links, too, each folder once and always by the same way; sorted, without what is
+    hidden. `others` counts all other files by their endings. Raises OSError for a folder that cannot be read."""
     found, folders, seen = [], [top], set()
     for folder in folders:  # grows on the way
         if (here := folder.resolve()) in seen:  # links may lead in circles
             continue
         seen.add(here)
-        shown = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
-        for entry in sorted(shown, key=lambda entry: entry.name):  # sorted: of two ways to a folder always the same one
+        for entry in sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=os.fspath):
             (folders if is_folder(entry) else found).append(Path(entry.path))
     others.update(file.suffix.lower() for file in found if not is_image(file))
     return sorted(file for file in found if is_image(file))
@@ -247,12 +223,11 @@ def cached_pixels(top: Path, files: list[Path], root: Path, size: int, max_unrea
         kept = [i for i, line in enumerate(lines) if line not in unreadable]
         return kept, sha256(os.fsencode("\n".join(lines[i] for i in kept))).hexdigest()
 
-    try:
-        cached = json.loads(description.read_text())
+    whole = False
+    with suppress(UserError, OSError, TypeError):  # no cache, or a torn one
+        cached = read_json(description, "unreadable")
         kept, stamp = without(set(cached["unreadable"]))
-        whole = cached["stamp"] == stamp and (not kept or array.stat().st_size == len(kept) * 3 * size * size)
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
+        whole = cached.get("stamp") == stamp and array.stat().st_size == len(kept) * 3 * size * size
     if not whole:
         description.unlink(missing_ok=True)  # never an old description beside a new array
         unreadable = decode_files(top, files, array, size)
@@ -326,7 +301,10 @@ def decode_image(file: Path, size: int, bits: int = 16) -> np.ndarray | int | st
             image.draft("RGB", (2 * size, 2 * size))  # large JPEGs: decode at a fraction of their size
             if image.width * image.height > MAX_PIXELS:
                 return f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}"
-            turn = orientation(image)
+            image.load()  # TIFFs are upright now, and say so
+            turn = None
+            with suppress(Exception):  # of damaged or odd EXIF: the image is taken as it is stored
+                turn = image.getexif().get(ExifTags.Base.Orientation)
             if image.mode.startswith("I"):  # convert("RGB") would clip it to white
                 pixels = np.asarray(image)
                 if (used := int(pixels.max()).bit_length()) > bits:
@@ -338,27 +316,19 @@ def decode_image(file: Path, size: int, bits: int = 16) -> np.ndarray | int | st
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-            if turn in UPRIGHT:
-                image = image.transpose(UPRIGHT[turn])
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            return np.asarray(image).transpose(2, 0, 1)
+            image.info.clear()  # odd EXIF, over which exif_transpose stumbles
+            image.getexif()[ExifTags.Base.Orientation] = turn
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything
         return one_line(error)
 
 
-def orientation(image: Image.Image) -> int | None:
-    """How EXIF says that it is turned; None where it says nothing, or cannot be read."""
-    try:
-        return image.getexif().get(0x0112)
-    except Exception:  # of damaged or odd EXIF, of which nobody needs the rest
-        return None
-
-
 def wave(phase: Tensor) -> Tensor:
     """A sine of a phase in turns."""
-    return torch.sin(2 * math.pi * phase)
+    return torch.sin(2 * torch.pi * phase)
 
 
 PATTERNS = {  # -1 to 1, of an image's own axes u and v and the distance r from its own centre, in wavelengths
@@ -398,9 +368,8 @@ def draw_patterns(n: int, size: int, generator: torch.Generator) -> Split:
 
 def place(pixels: Tensor, device: torch.device) -> Tensor:
     """The array in the GPU's memory where it fits in half of what is free there, else where it is."""
-    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return pixels.to(device)
-    return pixels
+    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pixels.to(device) if fits else pixels
 
 
 def fetch(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
@@ -431,10 +400,6 @@ def batches(pixels: Tensor, indices: Iterable[Tensor], device: torch.device) -> 
         yield from (fetch(pixels, index, device) for index in indices)
         return
     with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for index in indices:
-            ahead, ready = pool.submit(fetch, pixels, index, device), ahead
-            if ready:
-                yield ready.result()
-        if ahead:
-            yield ahead.result()
+        ahead = (pool.submit(fetch, pixels, index, device) for index in indices)
+        for ready, _ in pairwise(chain(ahead, [None])):  # the next one is begun before this one is used
+            yield ready.result()

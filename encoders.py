@@ -1,14 +1,11 @@
 """torchvision's ResNets as encoders: built, filled with weights, and exported as plain state dicts."""
-import pickle
-import re
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
+from torchvision import models
 
 from utils import UNREADABLE, UserError, nearest, one_line, say, seeded_init
 
@@ -17,13 +14,12 @@ def build_encoder(name: str, init: str, seed: int, stem: str = "7x7") -> tuple[n
     """A torchvision ResNet by name without its classifier, and the number of its features. init: "random" (drawn from
     the seed), "imagenet" (torchvision downloads them), or the path of a file that holds a state dict of that network,
     with or without `fc`. stem: "7x7", torchvision's, or for small images "3x3": a first convolution of stride 1, and no
-    max-pooling (Chen et al. 2020, SimCLR, appendix B.9). Raises UserError for weights that cannot be had or do not fit.
-    """
-    names = [n for n in torchvision.models.list_models(module=torchvision.models) if re.match("(wide_)?resne(x)?t", n)]
+    max-pooling (Chen et al. 2020, SimCLR, app. B.9). Raises UserError for weights that cannot be had or do not fit."""
+    names = models.list_models(module=models, include=["resnet*", "resnext*", "wide_resnet*"])
     if name not in names:
         raise UserError(f"ENCODER {name!r} is unknown{nearest(name, names) or ': it must be a ResNet of torchvision'}")
     with seeded_init(seed, "encoder"):
-        encoder = torchvision.models.get_model(name)
+        encoder = models.get_model(name)
         if stem == "3x3":
             encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
@@ -41,8 +37,7 @@ def build_encoder(name: str, init: str, seed: int, stem: str = "7x7") -> tuple[n
 
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True, weights_only=True)
     except UNREADABLE as error:  # urllib's errors are OSErrors; a wrong checksum is a RuntimeError
         raise UserError(f"INIT 'imagenet': the weights of {name} could not be downloaded ({one_line(error)}): set INIT "
                         f"to 'random' or to a weights file") from error
@@ -54,18 +49,16 @@ def read_file(path: Path) -> Any:
         raise UserError(f"INIT '{path}' is neither 'imagenet', 'random' nor a file with weights")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is no weights file, or holds other objects beside its tensors. If you trust it, take "
-                        "them out: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)") from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is no weights file ({type(error).__name__}), as torch.save writes it") from error
+        raise UserError(f"{path} is not a weights file, or holds other objects besides tensors. If you trust it, take "
+                        "them out: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)") from error
 
 
-def find_weights(content: Any, wanted: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+def find_weights(content: Any, wanted: dict[str, Tensor], init: str) -> dict[str, Tensor]:
     """The tensors of a ResNet whose state dict looks like `wanted`: in `content` itself or in one of the dicts that it
     holds, with the prefix that wrappers have put before all names, and without the classifier, `fc`. Raises UserError
     where there are none or several, or where they do not fit."""
-    fitting, misfits = {}, {}
+    candidates = {}  # by their place in `content`: tensors, and the names of those that are wrong
     dicts = {"": content} | content if isinstance(content, dict) else {}
     for container, weights in dicts.items():
         names = [name for name in weights if isinstance(name, str)] if isinstance(weights, dict) else []
@@ -74,24 +67,23 @@ def find_weights(content: Any, wanted: dict[str, Tensor], source: str) -> dict[s
             own = {name: value for name, value in own.items() if not name.startswith("fc")}
             wrong = [name for name in wanted.keys() | own.keys() if not name.endswith("num_batches_tracked") and
                      (name not in own or name not in wanted or own[name].shape != wanted[name].shape)]
-            (misfits if wrong else fitting)[f"{container} {prefix}".strip()] = sorted(wrong) or own
+            candidates[f"{container} {prefix}".strip()] = own, sorted(wrong)
+    if not candidates:
+        raise UserError(f"{init} holds no state dict of a ResNet")
+    fitting = [place for place, (_, wrong) in candidates.items() if not wrong]
     if len(fitting) > 1:
-        raise UserError(f"{source} holds the weights of several networks ({', '.join(sorted(fitting))}): save one "
+        raise UserError(f"{init} holds the weights of several networks ({', '.join(sorted(fitting))}): save one "
                         "alone (that of a run of ours is its encoder.pt)")
-    if not fitting and misfits:
-        place, wrong = min(misfits.items(), key=lambda misfit: len(misfit[1]))
-        if wrong == ["conv1.weight"]:
-            raise UserError(f"the weights in {source} have another STEM: set it to the other one (--stem), or INIT to "
-                            "random")
-        raise UserError(f"the weights in {source} do not fit ENCODER: {len(wrong)} tensors{place and ' of ' + place} "
+    place, (weights, wrong) = min(candidates.items(), key=lambda candidate: len(candidate[1][1]))
+    if wrong == ["conv1.weight"]:
+        raise UserError(f"the weights in {init} have another STEM: set it to the other one (--stem), or INIT to random")
+    if wrong:
+        raise UserError(f"the weights in {init} do not fit ENCODER: {len(wrong)} tensors{place and ' of ' + place} "
                         f"are missing, foreign or of another shape, {', '.join(wrong[:3])}")
-    if not fitting:
-        raise UserError(f"{source} holds no state dict of a ResNet")
-    (place, weights), = fitting.items()
     if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError(f"{source} holds weights that are no finite numbers")
+        raise UserError(f"{init} holds weights that are not finite")
     if place:
-        say(f"taking the weights of {place} from {source}")
+        say(f"taking the weights of {place} from {init}")
     return weights
 
 
@@ -126,14 +118,14 @@ class SmallMaps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding)
+        return torch.conv2d(x, weight, None, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (x, weight), (down, right), (above, beside) = ctx.saved_tensors, ctx.stride, ctx.padding
         grad_input = nn.grad.conv2d_input(x.shape, weight, grad_output, ctx.stride, ctx.padding)
         height, width = weight.shape[2:]
-        seen = F.pad(x.permute(0, 2, 3, 1), (0, 0, beside, beside, above, above))  # [N,H,W,C]
+        seen = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, beside, beside, above, above))  # [N,H,W,C]
         seen = seen.unfold(1, height, down).unfold(2, width, right).permute(0, 1, 2, 4, 5, 3)  # [N,h,w,height,width,C]
         grad_weight = grad_output.transpose(0, 1).flatten(1) @ seen.flatten(3).flatten(0, 2)  # [O,height*width*C]
         return grad_input, grad_weight.view(-1, height, width, x.shape[1]).permute(0, 3, 1, 2), None, None

@@ -49,8 +49,7 @@ def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float)
     mean, std = features.mean(dim=0), features.std(dim=0, correction=min(1, len(features) - 1)).clamp(min=1e-6)
     x = (features - mean) / std
     head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)  # no draw: it starts at 0
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    head.load_state_dict({"weight": torch.zeros(classes, features.shape[1]), "bias": torch.zeros(classes)})
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
     def closure():
@@ -72,9 +71,8 @@ def fold_standardisation(head: nn.Linear, mean: Tensor, std: Tensor) -> nn.Linea
 
 
 def linear_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[nn.Linear, float]:
-    """Multinomial logistic regression on frozen features [N,D], and its L2 penalty. The penalty is the best of
-    PROBE_PENALTIES on all fifths, each held out in turn (one alone is too few images to choose by); then all images are
-    used."""
+    """Multinomial logistic regression on frozen features [N,D], of all images, and its L2 penalty: that of
+    PROBE_PENALTIES which is best on all fifths, each held out in turn (one alone is too few images to choose by)."""
     def correct(penalty):
         return sum((fit_logistic(features[fit], labels[fit], classes, penalty)(features[held_out]).argmax(dim=1)
                     == labels[held_out]).sum().item() for fit, held_out in fifths(labels, seed))
@@ -112,9 +110,9 @@ def scores_of(answers: dict[str, Tensor]) -> dict[str, float]:
 def verdict(protocol: str, before: Tensor, after: Tensor) -> str:
     """What pretraining did to frozen features, in words, from which of the same images a protocol gets right."""
     if len(before) != len(after):
-        return f"{protocol}: the labelled images have changed since the run was begun, so nothing can be told"
+        return f"{protocol}: the labelled images have changed since the run began, so there is nothing to compare"
     gain, half = gain_interval(after.double() - before.double())
-    in_words = {"cannot tell": f"{count(len(after), 'held-out image')} cannot tell whether pretraining changed it",
+    in_words = {"cannot tell": f"{count(len(after), 'held-out image')} cannot tell this from chance",
                 "gained": "pretraining gained",
                 "LOST": "pretraining LOST; train for more EPOCHS, lower LEARNING_RATE or raise CROP_AREA"}
     return (f"{protocol} went from {percent(before):.1f}% to {percent(after):.1f}%, by {gain:+.1f} ± {half:.1f} (95%): "
@@ -127,11 +125,10 @@ def percent(correct: Tensor) -> float:
 
 
 def gain_interval(gains: Tensor) -> tuple[float, float]:
-    """Mean gain in percent and half of its 95% interval, from the gain of each image in each repetition: [R,N], or [N].
-    A gain is 1 where only the second arm is right, -1 where only the first is. Repetitions (seeds) and images are both
-    samples, and every repetition meets every image: a two-way analysis of variance tells what either contributes to the
-    mean's variance, and each contribution is widened by its own quantile of Student's t (Graybill & Wang 1980). Of a
-    single repetition the interval covers the images alone. Half of it is at most 100, the largest gain there is."""
+    """Mean gain in percent and half of its 95% interval, at most 100, from gains [R,N], or [N], of N images in R
+    repetitions (seeds): 1 where only the second arm is right, -1 where only the first is. Both are samples, and all
+    repetitions meet all images: a two-way analysis of variance tells what either contributes to the mean's variance,
+    widened by its own quantile of Student's t (Graybill & Wang 1980). A single repetition's is of the images alone."""
     gains = 100 * gains.double().view(-1, gains.shape[-1])
     r, n = gains.shape
     mean, of_image, of_repetition = gains.mean().item(), gains.mean(dim=0), gains.mean(dim=1)

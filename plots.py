@@ -51,18 +51,16 @@ def place_image(axis: Axes, image: Tensor, x: float, y: float, **frame) -> None:
 
 def plot_curves(path: Path, rows: Sequence[dict[str, float]], c: SimpleNamespace) -> None:
     """Loss, spread of the embeddings, rank and held-out accuracy of the features against epochs, from metrics.csv."""
-    column = {name: np.array([row.get(name, np.nan) for row in rows])
-              for name in ("epoch", "loss", "spread", "rank", "probe", "knn")}
     panels = [("loss (0 to 8)", {"loss": ""}), ("spread of the embeddings", {"spread": ""}),
               ("effective rank of the features", {"rank": ""}),
               ("held-out accuracy (%)", {"probe": "linear probe", "knn": "kNN"})]
-    panels = [panel for panel in panels if not all(np.isnan(column[name]).all() for name in panel[1])] or panels[:1]
+    panels = [panel for panel in panels if any(name in row for name in panel[1] for row in rows)] or panels[:1]
     figure = Figure(figsize=(3.2 * len(panels), 2.9), layout="constrained")
     for axis, (ylabel, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         for (name, label), color in zip(lines.items(), (BLUE, ORANGE)):
-            known = np.flatnonzero(~np.isnan(column[name]))
+            known = [row for row in rows if name in row]
             known = known[::1 + len(known) // 2000]  # more points than the figure has pixels take seconds to draw
-            axis.plot(column["epoch"][known], column[name][known], color=color, label=label,
+            axis.plot([row["epoch"] for row in known], [row[name] for row in known], color=color, label=label,
                       marker="o" if len(known) < 30 else None, ms=3)
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.spines[["top", "right"]].set_visible(False)
@@ -81,20 +79,18 @@ def plot_curves(path: Path, rows: Sequence[dict[str, float]], c: SimpleNamespace
     save_figure(figure, path)
 
 
-def plot_label_efficiency(path: Path, panels: dict[str, dict[str, list[list[float]]]], labels: Sequence[float],
-                          caption: str) -> None:
+def plot_label_efficiency(path: Path, panels: dict[str, dict], labels: Sequence[float], caption: str) -> None:
     """Accuracy against labelled images a class, a panel for each protocol, a line for each arm: mean and std over
     seeds. panels: protocol -> arm -> for each number of labels the accuracies in percent, one a seed."""
-    figure = Figure(figsize=(max(5, 2.5 * len(panels)), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(2.5 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (protocol, by_arm) in zip(axes, panels.items()):
         for (arm, accuracies), color, marker in zip(by_arm.items(), (GRAY, BLUE), "os"):
             mean, std = zip(*((np.mean(x), np.std(x, ddof=1) if len(x) > 1 else 0.0) for x in accuracies))
             axis.errorbar(labels, mean, std, color=color, marker=marker, ms=5, capsize=3, label=arm)
-        axis.set(xscale="log", xlabel="labelled images a class", title=protocol)
+        axis.set(xscale="log", xlabel="labelled images a class", title=protocol, xmargin=0.15)
         axis.set_xticks(labels, [f"{value:g}" for value in labels])
         axis.minorticks_off()
-        axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside upper center")
@@ -111,22 +107,20 @@ def plot_neighbors(path: Path, pixels: Tensor, labels: Tensor, classes: Sequence
     chosen = [torch.nonzero(labels == k)[0].item() for k in shown]
     figure = Figure(figsize=(7.2, 0.62 * len(chosen) + 0.6), layout="constrained")
     axis = figure.subplots()
-
-    left = [1.3 + i * (neighbors + 0.3) for i in range(len(features))]
+    axis.text(SIDE / 2, -0.15, "query", ha="center")
     for y, query in enumerate(chosen):
         place_image(axis, pixels[query], 0, y, linewidth=0)
         axis.text(-0.1, y + SIDE / 2, classes[labels[query]], ha="right", va="center")
-        for x, values in zip(left, features.values()):
+    for i, (arm, values) in enumerate(features.items()):
+        left = 1.3 + i * (neighbors + 0.3)
+        axis.text(left + neighbors / 2, -0.15, f"nearest, {arm}", ha="center")
+        for y, query in enumerate(chosen):
             similarity = F.cosine_similarity(values, values[query:query + 1])
             similarity[query] = -2  # not its own neighbour
             for rank, index in enumerate(similarity.topk(min(neighbors, len(values) - 1)).indices.tolist()):
-                right = labels[index] == labels[query]
-                place_image(axis, pixels[index], x + rank, y, linewidth=2.5, color=BLUE if right else ORANGE,
-                            ls="-" if right else ":")
-    axis.text(SIDE / 2, -0.15, "query", ha="center")
-    for x, arm in zip(left, features):
-        axis.text(x + neighbors / 2, -0.15, f"nearest, {arm}", ha="center")
-    axis.set(xlim=(-0.15, left[-1] + neighbors), ylim=(len(chosen), -0.1))
+                color, style = (BLUE, "-") if labels[index] == labels[query] else (ORANGE, ":")
+                place_image(axis, pixels[index], left + rank, y, linewidth=2.5, color=color, ls=style)
+    axis.set(xlim=(-0.15, left + neighbors), ylim=(len(chosen), -0.1))
     axis.set_axis_off()
     figure.supxlabel(f"{run}: test images by cosine similarity of frozen features; solid blue: the query's class,\n"
                      "dotted orange: another", fontsize=8, color=GRAY)

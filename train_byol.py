@@ -10,7 +10,6 @@ dict (encoder.pt), the curves, and a checkpoint; the same command again continue
 """
 import contextlib
 import shlex
-import signal
 import sys
 import time
 from functools import partial
@@ -28,10 +27,10 @@ from data import Split, batch_indices, batches, load_for_pretraining, place
 from encoders import build_encoder, digest_of, plain_state_dict
 from evaluate import monitor, scores_of, verdict
 from plots import plot_curves, plot_views
-from utils import (LOCK, UNREADABLE, VERSION, Stopped, UserError, any_process, as_text, autocast, choice,
-                   choose_threads, compiler, constants_of, count, distribute, environment, number, on_signals, one_line,
-                   only_writer, path, progress, rank_0_first, rank_and_world, read_json, refuse_changes, run_folder,
-                   run_script, save_torch, say, seeded_generator, seeded_init, select_device, select_precision, several,
+from utils import (LOCK, UNREADABLE, VERSION, UserError, any_process, as_text, autocast, choice, choose_threads,
+                   compiler, constants_of, count, distribute, environment, number, on_signals, one_line, only_writer,
+                   path, progress, rank_0_first, rank_and_world, read_json, refuse_changes, run_folder, run_script,
+                   save_torch, say, seeded_generator, seeded_init, select_device, select_precision, several,
                    start_processes, timer, whole_file, write_json)
 from views import render_views, two_views
 
@@ -72,17 +71,15 @@ RECIPE = {  # what "auto" stands for where INIT is
     "JITTER":     (1.0,     0.5,      1.0),
     "BATCHNORM":  ("batch", "frozen", "batch"),
     "BASE_DECAY": (0.996,   0.999,    0.996)}
-KINDS = {
-    "DATASET": path("stl10", "cifar10", "patterns"), "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1),
-    "IMAGE_SIZE": number(16, whole=True),
-    "CROP_AREA": number(0.01, 1, "auto"), "BLUR_P": several(number(0, 1), exactly=2), "JITTER": number(0, 2, "auto"),
-    "ENCODER": str, "STEM": choice("7x7", "3x3"), "INIT": path("imagenet", "random"),
-    "BATCHNORM": choice("auto", "batch", "frozen"),
-    "HIDDEN_DIM": number(1, whole=True), "PROJECTION_DIM": number(2, whole=True), "EPOCHS": number(1, whole=True),
-    "BATCH_SIZE": number(2, whole=True), "LEARNING_RATE": number(0), "PREDICTOR_RATE": number(0),
-    "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "BASE_DECAY": number(0, 1, "auto"),
-    "SEED": number(0, whole=True), "RUN": str, "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32"),
-    "LOG_EVERY": number(1, whole=True), "CHECKPOINT_MINUTES": number(0)}
+KINDS = dict(DATASET=path("stl10", "cifar10", "patterns"), DATA_ROOT=path(), MAX_UNREADABLE=number(0, 1),
+             IMAGE_SIZE=number(16, whole=True), CROP_AREA=number(0.01, 1, "auto"),
+             BLUR_P=several(number(0, 1), exactly=2), JITTER=number(0, 2, "auto"), ENCODER=str,
+             STEM=choice("7x7", "3x3"), INIT=path("imagenet", "random"), BATCHNORM=choice("auto", "batch", "frozen"),
+             HIDDEN_DIM=number(1, whole=True), PROJECTION_DIM=number(2, whole=True), EPOCHS=number(1, whole=True),
+             BATCH_SIZE=number(2, whole=True), LEARNING_RATE=number(0), PREDICTOR_RATE=number(0),
+             WEIGHT_DECAY=number(0), WARMUP_EPOCHS=number(0), BASE_DECAY=number(0, 1, "auto"),
+             SEED=number(0, whole=True), RUN=str, DEVICE=str, PRECISION=choice("auto", "bf16", "fp32"),
+             LOG_EVERY=number(1, whole=True), CHECKPOINT_MINUTES=number(0))
 DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", EPOCHS=7, BATCH_SIZE=64)
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "MAX_UNREADABLE", "CHECKPOINT_MINUTES", "LABELLED",
         "DATASET", "IMAGES"}  # may change between a run and its continuation, but DATASET only its path
@@ -103,7 +100,7 @@ def pretrain(c: SimpleNamespace) -> None:
                        f"{folder / 'encoder.pt'} from its encoder")
         c.PRECISION = select_precision(c.PRECISION, device)
         threads = choose_threads(device, state["threads"] if state and state["world_size"] == world else None)
-        images, train_split = load_images(c, device, state)
+        images, labelled = load_images(c, device, state)
         with rank_0_first(), seeded_init(c.SEED, "heads"):
             encoder, feature_dim = build_encoder(c.ENCODER, c.INIT, c.SEED, c.STEM)
             model = BYOL(encoder, feature_dim, c.HIDDEN_DIM, c.PROJECTION_DIM, c.BATCHNORM == "frozen")
@@ -112,24 +109,23 @@ def pretrain(c: SimpleNamespace) -> None:
         if state:
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
-        state = (state or {"step": 0, "losses": [], "rows": [], "before": None, "after": None}) | {
-            "version": VERSION, "constants": constants_of(c), "images": len(images), "world_size": world,
-            "threads": torch.get_num_threads()}
+        state = (state or {"step": 0, "losses": [], "rows": []}) | {"version": VERSION, "constants": constants_of(c),
+                 "images": len(images), "world_size": world, "threads": torch.get_num_threads()}
         say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} ({c.STEM}) from {Path(c.INIT).name} weights at "
             f"{c.IMAGE_SIZE} px, {count(c.EPOCHS, 'epoch')} of {count(len(images) // c.BATCH_SIZE, 'step')}, on "
             f"{device} in {c.PRECISION}{threads}" + f", from step {state['step']}" * (state["step"] > 0))
         say(", ".join(f"{name} {as_text(getattr(c, name))}" for name in RECIPE))
         if rank == 0:
             begin_folder(c, folder, images, device)
-        score = partial(monitor, pixels=train_split.pixels, labels=train_split.labels, seed=c.SEED, device=device,
-                        precision=c.PRECISION) if train_split else None
+        score = partial(monitor, pixels=labelled.pixels, labels=labelled.labels, seed=c.SEED, device=device,
+                        precision=c.PRECISION) if labelled else None
         if score and state["step"] == 0:  # what BYOL has to rise above
             state["before"] = score(model.online_encoder)
             log(c, state, {"step": 0, "epoch": 0} | scores_of(state["before"]), ending="before the first step")
         train(c, folder, state, images, model, optimizer, score)
         if rank == 0:
             save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))  # the sign of a finished run
-    for name, protocol in (("knn", "kNN"), ("probe", "linear probe")) if state["before"] and state["after"] else ():
+    for name, protocol in (("knn", "kNN"), ("probe", "linear probe")) if {"before", "after"} <= state.keys() else ():
         say(verdict(protocol, state["before"][name], state["after"][name]))
     flags = ["--demo"] * c.demo + ["--run", c.RUN] * (c.RUN != DEMO["RUN"] or not c.demo)
     flags += ["--data-root", c.DATA_ROOT] * (c.DATA_ROOT != KINDS["DATA_ROOT"]("data"))
@@ -139,7 +135,7 @@ def pretrain(c: SimpleNamespace) -> None:
 def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: BYOL, optimizer: torch.optim.Optimizer,
           score: Callable | None) -> None:
     """BYOL, from the step where `state` stands to the last one, after which it is saved. score: `monitor` of an
-    encoder. Raises Stopped where a signal, to any of the processes, asked for it."""
+    encoder. Raises KeyboardInterrupt(signal, when) where one, to any of the processes, asked for it."""
     device, (rank, world) = model.spread.device, rank_and_world()
     steps_per_epoch = len(images) // c.BATCH_SIZE  # the remainder is dropped
     total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, round(c.WARMUP_EPOCHS * steps_per_epoch)
@@ -173,15 +169,18 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
                 if rank == 0 and figure_due():
                     write_rows(folder, state["rows"], c)
                 first_step, start = step, time.monotonic()
-            if (world == 1 or step % c.LOG_EVERY == 0) and any_process(bool(signals), device):
+            signum = any_process(max(signals, default=0), device) if world == 1 or step % c.LOG_EVERY == 0 else 0
+            if signum or step == total_steps or checkpoint_due():
+                read_losses(state, losses, model)
+                if rank == 0:
+                    weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    save_torch(folder / "checkpoint.pt", state | weights)
+            if signum:
                 break
-            if checkpoint_due():
-                save(folder, state, losses, model, optimizer)
-        save(folder, state, losses, model, optimizer)
     if rank == 0:
         write_rows(folder, state["rows"], c)
     if state["step"] < total_steps:
-        raise Stopped(signals[0] if signals else signal.SIGTERM, f"after step {state['step']} of {total_steps}")
+        raise KeyboardInterrupt(signum, f"after step {state['step']} of {total_steps}")
 
 
 def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],
@@ -205,7 +204,7 @@ def resolve(c: SimpleNamespace) -> None:
     if c.BATCHNORM == "frozen" and c.INIT == "random":
         raise UserError("BATCHNORM is frozen, but INIT random has no statistics to keep: set it to auto (--batchnorm)")
     if c.RUN == "none" or Path(c.INIT).parent == run_folder(c.RUN).resolve():
-        raise UserError(f"RUN {c.RUN} cannot be: none is no run to the comparison, and INIT must not lie in its folder")
+        raise UserError(f"RUN {c.RUN} is not possible: it must not be none, and INIT must lie outside its folder")
     c.INIT_SHA256 = digest_of(c.INIT)  # the comparison starts from the same weights
 
 
@@ -232,23 +231,22 @@ def read_state(folder: Path, c: SimpleNamespace) -> dict | None:
 def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) -> tuple[Tensor, Split | None]:
     """Images to pretrain on, and train/ where there is one. Raises UserError for too few, or others than before."""
     with rank_0_first():
-        unlabeled, train_split = load_for_pretraining(c.DATASET, c.DATA_ROOT, c.IMAGE_SIZE, c.MAX_UNREADABLE)
+        unlabeled, labelled = load_for_pretraining(c.DATASET, c.DATA_ROOT, c.IMAGE_SIZE, c.MAX_UNREADABLE)
     images, world = len(unlabeled.pixels), rank_and_world()[1]
     if c.BATCH_SIZE > images:
         raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only {count(images, 'image')}: lower it")
     if c.BATCH_SIZE % world or c.BATCH_SIZE < 2 * world:
-        raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not give all {world} processes as many images, at least 2")
-    c.IMAGES, c.LABELLED = unlabeled.stamp(), train_split.stamp() if train_split else ""
+        raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not divide into {world} equal parts of at least 2 images")
+    c.IMAGES, c.LABELLED = unlabeled.stamp(), labelled.stamp() if labelled else ""
     if state and state["constants"]["IMAGES"] != c.IMAGES:
         raise UserError(f"DATASET {c.DATASET!r} has {count(images, 'image')}, and they are not the {state['images']:,} "
                         "that the run was begun with: bring those back, choose another RUN, or use --overwrite")
     if state and state["world_size"] != world:
-        say(f"begun by {state['world_size']} processes, continued by {world}: the views are others from here on")
+        say(f"begun by {state['world_size']} processes, continued by {world}: from here on the random views differ")
     pixels = place(unlabeled.pixels, device)
-    if train_split:
-        both = train_split is unlabeled
-        train_split = train_split._replace(pixels=pixels if both else place(train_split.pixels, device))
-    return pixels, train_split
+    if labelled:
+        labelled = labelled._replace(pixels=pixels if labelled is unlabeled else place(labelled.pixels, device))
+    return pixels, labelled
 
 
 def begin_folder(c: SimpleNamespace, folder: Path, images: Tensor, device: torch.device) -> None:
@@ -276,13 +274,6 @@ def read_losses(state: dict, losses: list[Tensor], model: BYOL | None = None) ->
     if sick:
         raise UserError(f"{sick[0]}: begin a RUN with a lower LEARNING_RATE, longer WARMUP_EPOCHS or PRECISION fp32; "
                         "the last checkpoint is kept")
-
-
-def save(folder: Path, state: dict, losses: list[Tensor], model: BYOL, optimizer: torch.optim.Optimizer) -> None:
-    read_losses(state, losses, model)
-    if rank_and_world()[0] == 0:
-        weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_torch(folder / "checkpoint.pt", state | weights)
 
 
 def write_rows(folder: Path, rows: list[dict[str, float]], c: SimpleNamespace) -> None:

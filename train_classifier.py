@@ -5,17 +5,16 @@
     python train_classifier.py --run A,B,C       after train_byol.py --run A, B and C, which differ in SEED alone
     python train_classifier.py --run none        the half without BYOL
 
-Both arms share the head's first weights, the order of the batches, the crops and the number of steps, and each takes
-the rate that is best for it on held-out labelled images; they differ in the encoder they start from. Reported is the
-accuracy on the test images after the last epoch, never the best one.
+Both arms share the head's first weights, the order of the batches, the crops and the number of steps; each takes the
+rate best for it on held-out labelled images. Reported is the test accuracy after the last epoch, never the best one.
 """
 import copy
+import itertools
 import math
 import os
 import sys
 import textwrap
 import time
-from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -62,21 +61,19 @@ PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
 KINDS = {
     "RUN": several(str), "DATASET": path("run", "stl10", "cifar10", "patterns"), "ENCODER": str,
-    "STEM": choice("run", "7x7", "3x3"),
-    "IMAGE_SIZE": number(16, math.inf, "run", whole=True), "INIT": path("run", "imagenet", "random"),
-    "LABELS_PER_CLASS": several(number(1, math.inf, "all", "fold", whole=True)),
-    "SEEDS": several(number(0, whole=True)), "EPOCHS": number(1, math.inf, "auto", whole=True),
-    "BATCH_SIZE": number(2, whole=True), "LEARNING_RATE": several(number(0)),
-    "HEAD_RATE": number(0), "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "CROP_AREA": number(0.01, 1),
-    "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1), "DEVICE": str, "PRECISION": choice("auto", "bf16", "fp32")}
+    "STEM": choice("run", "7x7", "3x3"), "IMAGE_SIZE": number(16, math.inf, "run", whole=True),
+    "INIT": path("run", "imagenet", "random"), "SEEDS": several(number(0, whole=True)),
+    "LABELS_PER_CLASS": several(number(1, math.inf, "all", "fold", whole=True)), "LEARNING_RATE": several(number(0)),
+    "EPOCHS": number(1, math.inf, "auto", whole=True), "BATCH_SIZE": number(2, whole=True), "HEAD_RATE": number(0),
+    "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "CROP_AREA": number(0.01, 1), "DEVICE": str,
+    "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1), "PRECISION": choice("auto", "bf16", "fp32")}
 DEMO = dict(RUN="demo", LABELS_PER_CLASS=(10, 50), SEEDS=(0, 1, 2, 3, 4), EPOCHS=1, BATCH_SIZE=32, LEARNING_RATE=0.0025)
 OF_THE_RUN = {  # what "run" means where RUN is none, and with --demo
     "DATASET": ("stl10", "patterns"), "IMAGE_SIZE": (96, 32), "ENCODER": ("resnet18", "resnet18"),
     "STEM": ("7x7", "7x7"), "INIT": ("imagenet", "random")}
-FREE = {"RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "SEEDS", "LABELS_PER_CLASS", "EPOCHS", "LEARNING_RATE",
-        "DATASET", "INIT"}  # may change between calls, but of these two only the path
-MAY_DIFFER = {"SEED", "RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "CHECKPOINT_MINUTES",
-              "DATASET", "INIT"}  # between pretraining runs compared together, but of these two only the path
+PLACES = {"RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "DATASET", "INIT"}  # of the last two only the path is free
+FREE = PLACES | {"SEEDS", "LABELS_PER_CLASS", "EPOCHS", "LEARNING_RATE"}  # may change between calls
+MAY_DIFFER = PLACES | {"SEED", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
 HELD_OUT, MOST_FIFTHS = 500, 2  # a rate is judged by as many fifths as hold so many images, but at most by so many
 PROTOCOLS = ("fine-tuning", "linear probe", "kNN")
 BASELINE, WITH_BYOL = "without BYOL", "with BYOL"
@@ -88,7 +85,7 @@ class Training(NamedTuple):
     arm: str
     labels: int | str
     epochs: int
-    rate: float | None  # None: not chosen yet
+    rate: float | None  # None: not chosen yet, as not all of its trials are done
     fifth: int | None = None  # of the labelled images, held out to judge the rate; None: tested on the test images
 
 
@@ -98,7 +95,6 @@ class Setup(NamedTuple):
     train: Split
     test: Split
     device: torch.device
-    encoders: list[Path]  # one of each pretraining run; a seed takes the one whose number is seed modulo runs
     network: nn.Module    # each training takes place in its memory, because a GPU has recorded the steps of the first
     forward: Callable     # `network` and `crops`, compiled where that pays
     crop: Callable
@@ -110,17 +106,17 @@ def compare(c: SimpleNamespace) -> None:
     """Train what is missing of every seed, arm and budget; leaves the table, results.json, classifier.pt, figures."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("the comparison is one process: start it without torchrun")
-    encoders = adopt_runs(c)
+    labelled = adopt_runs(c)
     c.EPOCHS = (40 if c.INIT == "random" else 10) if c.EPOCHS == "auto" else c.EPOCHS
     folder, device = run_folder(*c.RUN), select_device(c.DEVICE)
     c.PRECISION = select_precision(c.PRECISION, device)
     with only_writer(folder):
         train, test = (load_labelled(c, split, device) for split in ("train", "test"))
-        if getattr(c, "labelled", None) not in (None, train.stamp()):
+        if labelled not in (None, train.stamp()):
             raise UserError(f"DATASET {c.DATASET} has another train/ than that of {as_text(c.RUN)}: set it to run")
-        check_constants(c, len(encoders), train)
-        arms = [BASELINE] + [WITH_BYOL] * bool(encoders)
-        results = open_results(c, folder, encoders, train, test)
+        check_constants(c, train)
+        arms = [BASELINE] if c.RUN == ("none",) else [BASELINE, WITH_BYOL]
+        results = open_results(c, folder, train, test)
         records = {Training(*(record[name] for name in Training._fields)): record for record in results["records"]}
         missing = [training for training in plan(c, records, arms, train) if training not in records]
         steps = c.EPOCHS * (len(train.labels) // c.BATCH_SIZE)  # of each; the remainder is dropped
@@ -129,7 +125,7 @@ def compare(c: SimpleNamespace) -> None:
             f"{count(len(test.labels), 'test image')} of {len(train.classes)} classes\n{c.ENCODER} ({c.STEM}) from "
             f"{Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in {c.PRECISION}{threads}\n"
             f"{count(len(missing), 'training')} of {count(steps, 'step')} to do")
-        setup = build_setup(c, train, test, device, encoders, len(missing) * steps)
+        setup = build_setup(c, train, test, device, len(missing) * steps)
         while missing:
             training = missing[0]
             records[training], network = run_training(setup, training)
@@ -140,8 +136,8 @@ def compare(c: SimpleNamespace) -> None:
             write_json(folder / "results.json", results)
             missing = [training for training in plan(c, records, arms, train) if training not in records]
         report(setup, folder, results, records, arms)
-    if not encoders:
-        say("\nfor the half with BYOL: python train_byol.py, and then the command that it ends with")
+    if WITH_BYOL not in arms:
+        say("\nfor the arm with BYOL, run python train_byol.py and then the command that it prints last")
 
 
 def plan(c: SimpleNamespace, records: dict[Training, dict], arms: list[str], train: Split) -> list[Training]:
@@ -149,20 +145,13 @@ def plan(c: SimpleNamespace, records: dict[Training, dict], arms: list[str], tra
     rates are judged with one seed for all arms, also rates and budgets that are added later."""
     seed = next((known.seed for known in records if known.fifth is not None), c.SEEDS[0])
     rates = c.LEARNING_RATE if len(c.LEARNING_RATE) > 1 else ()
-    trials = [Training(seed, arm, labels, c.EPOCHS, rate, fifth)
-              for arm, labels, rate in product(arms, c.LABELS_PER_CLASS, rates)
-              for fifth in range(min(MOST_FIFTHS, math.ceil(5 * HELD_OUT / images_of(labels, train))))]
-    return trials + [Training(seed, arm, labels, c.EPOCHS, best_rate(c, records, trials, arm, labels))
-                     for seed, arm, labels in product(c.SEEDS, arms, c.LABELS_PER_CLASS)]
-
-
-def best_rate(c: SimpleNamespace, records: dict[Training, dict], trials: list[Training], arm: str,
-              labels: int | str) -> float | None:
-    """The rate with the highest accuracy on held-out images; None as long as not all are tried."""
-    trials = [trial for trial in trials if (trial.arm, trial.labels) == (arm, labels)]
-    if any(trial not in records for trial in trials):
-        return None
-    return max(c.LEARNING_RATE, key=lambda rate: sum(records[t]["fine-tuning"] for t in trials if t.rate == rate))
+    trials = {(arm, labels): [Training(seed, arm, labels, c.EPOCHS, rate, fifth) for rate in rates
+                              for fifth in range(min(MOST_FIFTHS, math.ceil(5 * HELD_OUT / images_of(labels, train))))]
+              for arm, labels in itertools.product(arms, c.LABELS_PER_CLASS)}
+    best = {key: max(c.LEARNING_RATE, key=lambda rate: sum(records[t]["fine-tuning"] for t in own if t.rate == rate))
+            for key, own in trials.items() if all(t in records for t in own)}
+    return sum(trials.values(), []) + [Training(seed, arm, labels, c.EPOCHS, best.get((arm, labels)))
+                                       for seed, arm, labels in itertools.product(c.SEEDS, arms, c.LABELS_PER_CLASS)]
 
 
 def images_of(labels: int | str, train: Split) -> int:
@@ -170,23 +159,20 @@ def images_of(labels: int | str, train: Split) -> int:
     return {"all": len(train.labels), "fold": 1000}.get(labels) or labels * len(train.classes)
 
 
-def build_setup(c: SimpleNamespace, train: Split, test: Split, device: torch.device, encoders: list[Path],
-                steps: int) -> Setup:
+def build_setup(c: SimpleNamespace, train: Split, test: Split, device: torch.device, steps: int) -> Setup:
     network, feature_dim = build_encoder(c.ENCODER, "random", 0, c.STEM)
     network.fc = new_head(feature_dim, len(train.classes), 0)
     network = network.to(device, memory_format=torch.channels_last)
     compiled = compiler(device, steps)
-    forward, crop = compiled(network), compiled(crops)
-    return Setup(c, train, test, device, encoders, network, forward, crop, progress_over(steps), frozen={})
+    return Setup(c, train, test, device, network, compiled(network), compiled(crops), progress_over(steps), frozen={})
 
 
 def progress_over(steps: int) -> Callable[[str], None]:
     """Returns what to call, with a title, after each step: a bar on a terminal, elsewhere a line each half minute."""
-    bar, line_due, start, done = progress(total=steps, unit="step"), timer(30), time.monotonic(), 0
+    bar, line_due, start, numbers = progress(total=steps, unit="step"), timer(30), time.monotonic(), itertools.count(1)
 
     def advance(title: str) -> None:
-        nonlocal done
-        done += 1
+        done = next(numbers)
         bar.update()
         bar.set_description(title, refresh=False)
         if bar.disable and line_due():
@@ -196,22 +182,20 @@ def progress_over(steps: int) -> Callable[[str], None]:
 
 
 def new_head(feature_dim: int, classes: int, seed: int) -> nn.Sequential:
-    """A linear layer behind a BatchNorm without weights, as in He et al. 2022 (MAE, appendix A.1): features that nobody
-    trained with labels are ill scaled."""
+    """A linear layer, behind a BatchNorm without weights for features of any scale: He et al. 2022 (MAE, app. A.1)."""
     with seeded_init(seed, "head"):
         return nn.Sequential(nn.BatchNorm1d(feature_dim, affine=False), nn.Linear(feature_dim, classes))
 
 
 def frozen_encoder(setup: Setup, arm: str, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The weights that an arm starts from, and their features of the training and of the test images."""
-    init = str(setup.encoders[seed % len(setup.encoders)]) if arm == WITH_BYOL else setup.c.INIT
+    """The weights that an arm starts from, of the run of number seed modulo runs, and their features of both splits."""
+    c, device = setup.c, setup.device
+    init = str(run_folder(c.RUN[seed % len(c.RUN)]) / "encoder.pt") if arm == WITH_BYOL else c.INIT
     key = init, seed if init == "random" else None  # an encoder that no seed changes is asked once
     if key not in setup.frozen:
-        encoder, _ = build_encoder(setup.c.ENCODER, init, seed, setup.c.STEM)
-        encoder = encoder.to(setup.device, memory_format=torch.channels_last)
-        features = (extract_features(encoder, split.pixels, setup.device, setup.c.PRECISION).cpu()
-                    for split in (setup.train, setup.test))
-        setup.frozen[key] = encoder.state_dict(), *features
+        encoder = build_encoder(c.ENCODER, init, seed, c.STEM)[0].to(device, memory_format=torch.channels_last)
+        setup.frozen[key] = encoder.state_dict(), *(extract_features(encoder, split.pixels, device, c.PRECISION).cpu()
+                                                    for split in (setup.train, setup.test))
     return setup.frozen[key]
 
 
@@ -230,38 +214,33 @@ def run_training(setup: Setup, training: Training) -> tuple[dict, nn.Module]:
     """A training's record, with the images that each protocol gets right, and the network that was fine-tuned. A trial
     of a rate is tested on its fifth of the labelled images, by fine-tuning alone."""
     seed, arm, labels, _, rate, fifth = training
-    c, (pixels, truth, classes), (test_pixels, test_truth, _) = setup.c, setup.train, setup.test
+    c, (pixels, known, classes), (images, truth, _) = setup.c, setup.train, setup.test
     subset, (weights, features, queries) = subset_of(setup, labels, seed), frozen_encoder(setup, arm, seed)
     title = f"{f'seed {seed}' if fifth is None else f'rate {rate:<6g}'} {labels:>4} labels {arm:<12}"
     if fifth is not None:
-        fit, held_out = (subset[index] for index in fifths(truth[subset], seed)[fifth])
-        subset, test_pixels, test_truth = fit, fetch(pixels, held_out, pixels.device), truth[held_out]
+        subset, held_out = (subset[index] for index in fifths(known[subset], seed)[fifth])
+        images, truth = fetch(pixels, held_out, pixels.device), known[held_out]
     network = fine_tune(setup, weights, subset, seed, rate, title)
-    answers = {"fine-tuning": extract_features(network, test_pixels, setup.device, c.PRECISION).cpu().argmax(dim=1)}
+    correct = {"fine-tuning": extract_features(network, images, setup.device, c.PRECISION).cpu().argmax(dim=1) == truth}
     record = training._asdict()
     if fifth is None:
-        bank, known = features[subset], truth[subset]
-        probe, record["probe penalty"] = linear_probe(bank, known, len(classes), seed)
-        answers["linear probe"] = probe(queries).argmax(dim=1)
-        answers["kNN"] = knn_predict(bank, known, queries, len(classes))
-    correct = {protocol: answer == test_truth for protocol, answer in answers.items()}
+        probe, record["probe penalty"] = linear_probe(features[subset], known[subset], len(classes), seed)
+        correct["linear probe"] = probe(queries).argmax(dim=1) == truth
+        correct["kNN"] = knn_predict(features[subset], known[subset], queries, len(classes)) == truth
     record |= {protocol: percent(x) for protocol, x in correct.items()}
     record["correct"] = {protocol: "".join("01"[bit] for bit in x.tolist()) for protocol, x in correct.items()}
     say(title + "".join(f"  {name} {record[name]:.1f}" for name in correct) + "  held out" * (fifth is not None))
     return record, network
 
 
-def fine_tune(setup: Setup, weights: dict[str, Tensor], subset: Tensor, seed: int, rate: float,
-              title: str) -> nn.Module:
-    """Train an encoder's weights and a new head on the images `subset`; the network, with one linear layer as its `fc`.
-    The head, the order and the crops come from the seed alone, so two encoders meet the same ones. The number of steps
-    is that of EPOCHS passes over all training images, whatever the subset."""
+def fine_tune(setup: Setup, start: dict[str, Tensor], subset: Tensor, seed: int, rate: float, title: str) -> nn.Module:
+    """An encoder's weights `start` and a new head, trained on images `subset`: a network with one linear layer, `fc`.
+    Head, order and crops come from the seed alone, and as many steps as EPOCHS passes over all training images take."""
     c, train, device, network = setup.c, setup.train, setup.device, setup.network
     head = new_head(network.fc[1].in_features, len(train.classes), seed)
-    network.load_state_dict(weights | {f"fc.{name}": value for name, value in head.state_dict().items()})
-    batch_size = min(c.BATCH_SIZE, len(subset))
-    recorded = batch_size == c.BATCH_SIZE  # each other size would have to be recorded, too
-    crop, forward = (setup.crop, setup.forward) if recorded else (crops, network)
+    network.load_state_dict(start | {f"fc.{name}": value for name, value in head.state_dict().items()})
+    batch_size = min(c.BATCH_SIZE, len(subset))  # of another than BATCH_SIZE the steps would have to be recorded, too
+    crop, forward = (setup.crop, setup.forward) if batch_size == c.BATCH_SIZE else (crops, network)
     steps_per_epoch = len(train.labels) // c.BATCH_SIZE
     total_steps, warmup_steps = c.EPOCHS * steps_per_epoch, round(c.WARMUP_EPOCHS * steps_per_epoch)
     optimizer = build_optimizer(network, c.WEIGHT_DECAY, "fc", c.HEAD_RATE)
@@ -286,18 +265,15 @@ def fine_tune(setup: Setup, weights: dict[str, Tensor], subset: Tensor, seed: in
 
 def crops(images: Tensor, draws: Tensor, min_area: float) -> Tensor:
     """Random resized crops of uint8 images [N,3,S,S], as large as they are and normalised; draws: [N,CROP_DRAWS]."""
-    size = images.shape[-1]
-    return normalize(crop_resize(images, *crop_of(draws, size, size, min_area), size))
+    return normalize(crop_resize(images, *crop_of(draws, *images.shape[-2:], min_area), images.shape[-1]))
 
 
-def adopt_runs(c: SimpleNamespace) -> list[Path]:
-    """Set the constants that are "run" to those of the pretraining runs; returns their encoder.pt files. Raises
-    UserError for a constant that contradicts a run's config.json, and for runs that differ in more than SEED."""
+def adopt_runs(c: SimpleNamespace) -> str | None:
+    """Set constants that are "run" to the runs' own; returns the stamp that train/ must have in a folder that is not
+    theirs. Raises UserError for a constant that contradicts a run, and for runs that differ in more than SEED."""
     if c.RUN == ("none",):
-        for name, values in OF_THE_RUN.items():
-            if getattr(c, name) == "run":
-                setattr(c, name, values[c.demo])
-        return []
+        vars(c).update({name: values[c.demo] for name, values in OF_THE_RUN.items() if getattr(c, name) == "run"})
+        return None
     configs, runs = [run_folder(name) / "config.json" for name in c.RUN], []
     for name, config in zip(c.RUN, configs):
         if not config.exists():
@@ -311,8 +287,6 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
             if not same and not (constant == "DATASET" and run.get("LABELLED") and Path(value).is_dir()):
                 raise UserError(f"{constant} {value} contradicts {config}, which says {of_run}: set it to run, or "
                                 f"pretrain a run with it ({flag(constant)})")
-            if not same:
-                c.labelled = run["LABELLED"]  # what train/ has to be in that other folder
             setattr(c, constant, of_run if value == "run" else value)
         if run.get("INIT_SHA256", now := digest_of(c.INIT)) != now:
             raise UserError(f"INIT {c.INIT} is not the file that {config} began with: bring that one back")
@@ -325,8 +299,8 @@ def adopt_runs(c: SimpleNamespace) -> list[Path]:
             raise UserError(f"{config.parent} has no encoder.pt yet: its train_byol.py command, run again, finishes "
                             "the pretraining")
     if len({run["SEED"] for run in runs}) < len(runs):
-        raise UserError(f"RUN {as_text(c.RUN)}: two of these runs have the same SEED, and so are one")
-    return [config.with_name("encoder.pt") for config in configs]
+        raise UserError(f"RUN {as_text(c.RUN)}: two of these runs have the same SEED, so they are the same run")
+    return next((run["LABELLED"] for run in runs if KINDS["DATASET"](run["DATASET"]) != c.DATASET), None)
 
 
 def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split:
@@ -334,16 +308,16 @@ def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split
     if found is None:
         raise UserError(f"DATASET {c.DATASET!r} has no {split}/: the classifier needs {split}/<class>/ with images")
     if len(found.classes) < 2:  # a subset may then be a single image, of which BatchNorm learns nothing
-        raise UserError(f"DATASET {c.DATASET!r} has but one class in {split}/: there is nothing to tell apart")
+        raise UserError(f"DATASET {c.DATASET!r} has but one class in {split}/: it takes two")
     return found._replace(pixels=place(found.pixels, device))
 
 
-def check_constants(c: SimpleNamespace, runs: int, train: Split) -> None:
+def check_constants(c: SimpleNamespace, train: Split) -> None:
     """Raise UserError for constants that contradict each other. Budgets that a class cannot pay are left out."""
-    turns = {sum(seed % runs == i for seed in c.SEEDS) for i in range(runs)}
+    turns = {sum(seed % len(c.RUN) == i for seed in c.SEEDS) for i in range(len(c.RUN))}
     if len(turns) > 1:
-        raise UserError(f"SEEDS {as_text(c.SEEDS)} do not take the runs {as_text(c.RUN)} equally often: of {runs} runs "
-                        f"seed s takes that of number s modulo {runs}, counted from 0")
+        raise UserError(f"SEEDS {as_text(c.SEEDS)} do not use the runs {as_text(c.RUN)} equally often: seed "
+                        f"s uses run number s modulo {len(c.RUN)}, counted from 0")
     if c.BATCH_SIZE > len(train.labels):
         raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only "
                         f"{count(len(train.labels), 'training image')}: lower it")
@@ -352,19 +326,19 @@ def check_constants(c: SimpleNamespace, runs: int, train: Split) -> None:
     if "fold" in c.LABELS_PER_CLASS and (c.DATASET != "stl10" or max(c.SEEDS) > 9):
         raise UserError("LABELS_PER_CLASS fold is for DATASET stl10 and SEEDS from 0 to 9: it has ten folds")
     fewest, name = min((int((train.labels == k).sum()), name) for k, name in enumerate(train.classes))
-    possible = tuple(labels for labels in c.LABELS_PER_CLASS if isinstance(labels, str) or labels <= fewest)
-    if possible != c.LABELS_PER_CLASS:
-        left_out = as_text([labels for labels in c.LABELS_PER_CLASS if labels not in possible])
-        message = f"LABELS_PER_CLASS {left_out}: class {name!r} has only {count(fewest, 'training image')}"
-        if not possible:
+    left_out = [labels for labels in c.LABELS_PER_CLASS if not isinstance(labels, str) and labels > fewest]
+    if left_out:
+        message = f"LABELS_PER_CLASS {as_text(left_out)}: class {name!r} has only {count(fewest, 'training image')}"
+        if len(left_out) == len(c.LABELS_PER_CLASS):
             raise UserError(f"{message}: lower it (--labels-per-class)")
         say(f"{message}; left out")
-        c.LABELS_PER_CLASS = possible
+        c.LABELS_PER_CLASS = tuple(labels for labels in c.LABELS_PER_CLASS if labels not in left_out)
 
 
-def open_results(c: SimpleNamespace, folder: Path, encoders: list[Path], train: Split, test: Split) -> dict:
+def open_results(c: SimpleNamespace, folder: Path, train: Split, test: Split) -> dict:
     """Results so far, from which the comparison goes on; none with --overwrite. Raises UserError where they are of
     another version, of other constants, or of another encoder, INIT or other images."""
+    encoders = [run_folder(name) / "encoder.pt" for name in c.RUN if name != "none"]
     inputs = {f"encoder.pt (number {i} of RUN)": digest_of(file) for i, file in enumerate(encoders)}
     inputs |= {"INIT": digest_of(c.INIT), "train/ of DATASET": train.stamp(), "test/ of DATASET": test.stamp()}
     file = folder / "results.json"
@@ -373,11 +347,9 @@ def open_results(c: SimpleNamespace, folder: Path, encoders: list[Path], train: 
     if not file.exists():
         return {"version": VERSION, "inputs": inputs, "constants": constants_of(c), "records": []}
     results = read_json(file, "inputs")
-    if results.get("version") != VERSION:
-        raise UserError(f"{file} is of another version of this code, which measures otherwise: use --overwrite to "
-                        "compare anew")
-    for name, digest in inputs.items():
-        if results["inputs"][name] != digest:
+    before = {"version of this code": results.get("version")} | results["inputs"]
+    for name, now in ({"version of this code": VERSION} | inputs).items():
+        if before.get(name) != now:
             raise UserError(f"{file} was measured with another {name}: use --overwrite to compare anew")
     refuse_changes(results["constants"], c, file, FREE)
     return results | {"constants": constants_of(c)}
@@ -390,8 +362,7 @@ def report(setup: Setup, folder: Path, results: dict, records: dict[Training, di
 
     c, summary = setup.c, {}
     trainings = [training for training in plan(c, records, arms, setup.train) if training.fifth is None]
-    say("")
-    row("labels", "test accuracy (%)", PROTOCOLS)
+    row("\nlabels", "test accuracy (%)", PROTOCOLS)
     for labels in c.LABELS_PER_CLASS:
         of = {arm: [records[t] for t in trainings if (t.arm, t.labels) == (arm, labels)] for arm in arms}
         summary[labels] = {p: {arm: [record[p] for record in of[arm]] for arm in arms} for p in PROTOCOLS}
@@ -399,41 +370,11 @@ def report(setup: Setup, folder: Path, results: dict, records: dict[Training, di
             accuracies = [summary[labels][p][arm] for p in PROTOCOLS]
             row(labels, arm, [f"{mean(x):.1f}" + (f" ± {stdev(x):.1f}" if len(x) > 1 else "") for x in accuracies])
         if WITH_BYOL in arms:
-            intervals = [interval(setup, of[BASELINE], of[WITH_BYOL], p) for p in PROTOCOLS]
+            intervals = [interval(c, of[BASELINE], of[WITH_BYOL], p) for p in PROTOCOLS]
             row(labels, "gain", [f"{gain:+.1f} ± {half:.1f}" for gain, half in intervals])
             row("", "", [verdict_of(*of_protocol) for of_protocol in intervals])
             for protocol, of_protocol in zip(PROTOCOLS, intervals):
                 summary[labels][protocol]["interval"] = of_protocol
-    say("\n" + caption(c))
-    if WITH_BYOL in arms:
-        covered = "runs, seeds and" if len(c.RUN) > 1 else "seeds and" if len(c.SEEDS) > 1 else "the"
-        say(f"gain: ± half of its 95% interval over {covered} test images")
-    for t in trainings if len(c.LEARNING_RATE) > 2 else ():
-        if t.seed == c.SEEDS[0] and t.rate in (min(c.LEARNING_RATE), max(c.LEARNING_RATE)):
-            say(f"{t.labels} labels {t.arm}: {t.rate:g} is best, at the end of LEARNING_RATE: one beyond may be better")
-    write_json(folder / "results.json", results | {"classes": setup.test.classes, "summary": summary})
-    if len(summary) > 1:
-        sizes = [images_of(labels, setup.train) / len(setup.train.classes) for labels in summary]
-        panels = {p: {arm: [of_labels[p][arm] for of_labels in summary.values()] for arm in arms} for p in PROTOCOLS}
-        plot_label_efficiency(folder / "label_efficiency.png", panels, sizes, caption(c))
-    if WITH_BYOL in arms:
-        features = {arm: frozen_encoder(setup, arm, c.SEEDS[0])[2] for arm in arms}
-        plot_neighbors(folder / "neighbors.png", *setup.test, features, seeded_generator(c.SEEDS[0], "queries"),
-                       as_text(c.RUN))
-
-
-def interval(setup: Setup, baseline: list[dict], with_byol: list[dict], protocol: str) -> tuple[float, float]:
-    """BYOL's mean gain over the baseline and half of its 95% interval, from the records of each seed."""
-    before, after = (torch.tensor([[int(bit) for bit in record["correct"][protocol]] for record in records])
-                     for records in (baseline, with_byol))
-    gains, runs = (after - before).double(), len(setup.encoders)
-    if runs > 1:  # seeds that share a run are no independent repetitions
-        gains = torch.stack([gains[[seed % runs == i for seed in setup.c.SEEDS]].mean(dim=0) for i in range(runs)])
-    return gain_interval(gains)
-
-
-def caption(c: SimpleNamespace) -> str:
-    """What the numbers are, for table and figures, in lines of at most 80 characters."""
     runs = ("no pretraining" if c.RUN == ("none",) else "one pretraining run" if len(c.RUN) == 1 else
             f"{len(c.RUN)} pretraining runs, in turn")
     data, init = Path(c.DATASET).name, Path(c.INIT).name
@@ -441,7 +382,32 @@ def caption(c: SimpleNamespace) -> str:
              f"mean ± std over seeds {', '.join(map(str, c.SEEDS))}: labelled subset, head, random weights"
              if len(c.SEEDS) > 1 else f"seed {c.SEEDS[0]}",
              f"{runs}; fine-tuned for {count(c.EPOCHS, 'epoch')}, the last one reported")
-    return "\n".join(textwrap.fill(line, 80) for line in lines)
+    caption = "\n".join(textwrap.fill(line, 80) for line in lines)
+    say("\n" + caption)
+    if WITH_BYOL in arms:
+        covered = "runs, seeds and" if len(c.RUN) > 1 else "seeds and" if len(c.SEEDS) > 1 else "the"
+        say(f"gain: ± half of its 95% interval over {covered} test images")
+    for t in trainings if len(c.LEARNING_RATE) > 2 else ():
+        if t.seed == c.SEEDS[0] and t.rate in (min(c.LEARNING_RATE), max(c.LEARNING_RATE)):
+            say(f"{t.labels} labels {t.arm}: the best rate, {t.rate:g}, is at an end of LEARNING_RATE; try beyond it")
+    write_json(folder / "results.json", results | {"classes": setup.test.classes, "summary": summary})
+    if len(summary) > 1:
+        sizes = [images_of(labels, setup.train) / len(setup.train.classes) for labels in summary]
+        panels = {p: {arm: [of_labels[p][arm] for of_labels in summary.values()] for arm in arms} for p in PROTOCOLS}
+        plot_label_efficiency(folder / "label_efficiency.png", panels, sizes, caption)
+    if WITH_BYOL in arms:
+        features = {arm: frozen_encoder(setup, arm, c.SEEDS[0])[2] for arm in arms}
+        plot_neighbors(folder / "neighbors.png", *setup.test, features, seeded_generator(c.SEEDS[0], "queries"),
+                       as_text(c.RUN))
+
+
+def interval(c: SimpleNamespace, baseline: list[dict], with_byol: list[dict], protocol: str) -> tuple[float, float]:
+    """BYOL's mean gain over the baseline and half of its 95% interval, from the records of each seed."""
+    gains = torch.tensor([[int(y) - int(x) for x, y in zip(before["correct"][protocol], after["correct"][protocol])]
+                          for before, after in zip(baseline, with_byol)], dtype=torch.double)
+    if len(c.RUN) > 1:  # seeds that share a run are no independent repetitions
+        gains = torch.stack([gains[[seed % len(c.RUN) == i for seed in c.SEEDS]].mean(0) for i in range(len(c.RUN))])
+    return gain_interval(gains)
 
 
 def main(argv: list[str] | None = None) -> int:

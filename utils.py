@@ -3,7 +3,6 @@ import argparse
 import contextlib
 import ctypes
 import difflib
-import functools
 import importlib.util
 import json
 import math
@@ -41,10 +40,6 @@ class UserError(Exception):
     """A mistake the user can mend: one line that names the cause, the file or constant, and the way out."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal, the first argument, asked for a stop; the second says when. What was saved is whole."""
-
-
 def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list[str] | None) -> int:
     """Call work(constants) and return the exit status. script: the script's globals(). What a user can mend ends in one
     line on stderr; a bug of ours keeps its traceback."""
@@ -57,7 +52,7 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
         try:
             with on_signals():
                 work(read_constants(script, argv))
-        except Stopped as stop:
+        except KeyboardInterrupt as stop:  # on_signals' or the training's: what was saved is whole
             signum, when = stop.args
             say(f"stopped {when}: the same command{again} continues from there")
             return 128 + signum
@@ -83,19 +78,17 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
 
 @contextlib.contextmanager
 def on_signals(received: list[int] | None = None) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP are noted in the list, or raise Stopped where there is none. A second one
-    meets the system's own handler, but under torchrun, which repeats each signal. One that is ignored, as SIGHUP is by
-    nohup, stays ignored."""
-    def handler(signum, frame):
+    """Inside, Ctrl-C, SIGTERM and SIGHUP, unless ignored (as by nohup), are noted in the list, or raise
+    KeyboardInterrupt(signal, when). A second meets the system's own handler, but under torchrun, which repeats each."""
+    def handle(signum, frame):
         if "RANK" not in os.environ:
             signal.signal(signum, signal.SIG_DFL)
         if received is None:
-            raise Stopped(signum, "at once")
+            raise KeyboardInterrupt(signum, "at once")
         received.append(signum)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    before = {number: signal.signal(number, handler) for number in numbers
-              if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handle) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -111,8 +104,7 @@ def say(line: str) -> None:
 
 def progress(**options) -> tqdm:
     """A progress bar on a terminal, by rank 0; nothing where the output is a file or a pipe."""
-    silent = not sys.stderr.isatty() or rank_and_world()[0] > 0
-    return tqdm(disable=silent, dynamic_ncols=True, leave=False, **options)
+    return tqdm(disable=rank_and_world()[0] > 0 or None, dynamic_ncols=True, leave=False, **options)  # None: asks
 
 
 def timer(seconds: float) -> Callable[[], bool]:
@@ -157,11 +149,10 @@ def number(low: float, high: float = math.inf, *words: str, whole: bool = False)
     return read
 
 
-def choice(*words: str, otherwise: str = "") -> Callable[[str], str]:
-    """One of the words."""
+def choice(*words: str, otherwise: str | None = None) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in words:
-            what = " or ".join([otherwise] * bool(otherwise) + [*words])
+            what = " or ".join(filter(None, (otherwise, *words)))
             raise argparse.ArgumentTypeError(f"is {text}: it must be {what}")
         return text
     return read
@@ -184,10 +175,12 @@ def several(kind: Callable, exactly: int | None = None) -> Callable[[str], tuple
 
 
 def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
-    """The constants at the top of a script, read as if they were flags before the given ones, and `--demo`'s between
-    them. Each name in the script's KINDS is a constant and a flag, and its trailing comment is the flag's help. Raises
-    UserError for an unknown flag, and for a value that is not of the constant's kind."""
+    """The constants at the top of a script, read as flags are, of which `--demo`'s and then the given ones win. Each
+    name in the script's KINDS is a constant and a flag, and its trailing comment is the flag's help. Raises UserError
+    for an unknown flag, and for a value that is not of the constant's kind."""
     source, kinds = Path(script["__file__"]).read_text(encoding="utf-8"), script["KINDS"]
+    given = sys.argv[1:] if argv is None else argv
+    values = {name: script[name] for name in kinds} | (script["DEMO"] if "--demo" in given else {})
     parser = argparse.ArgumentParser(
         prog=Path(script["__file__"]).name, usage="%(prog)s [--CONSTANT VALUE ...]", allow_abbrev=False,
         exit_on_error=False, description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,18 +189,15 @@ def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
     parser.add_argument("--overwrite", action="store_true", help="start anew where the run's folder holds results")
     for name, kind in kinds.items():
         comment = re.search(rf"^{name}\b.*?  # (.*)", source, re.M)
-        parser.add_argument(flag(name), dest=name, type=kind, metavar="VALUE",
-                            help=f"{comment[1] if comment else ''} [{as_text(script[name])}]".replace("%", "%%"))
-    given = sys.argv[1:] if argv is None else argv
-    values = [{name: script[name] for name in kinds}] + [script["DEMO"]] * ("--demo" in given)
-    before = [f"{flag(name)}={as_text(value)}" for some in values for name, value in some.items()]
+        parser.add_argument(flag(name), dest=name, type=kind, metavar="VALUE", default=as_text(values[name]),
+                            help=f"{comment[1] if comment else ''} ".replace("%", "%%") + "[%(default)s]")
     try:
-        c, unknown = parser.parse_known_args([*before, *given], SimpleNamespace())
+        c, unknown = parser.parse_known_args(given, SimpleNamespace())
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").removeprefix("--").upper().replace("-", "_")
         raise UserError(f"{name} {error.message} ({error.argument_name})") from None
     if unknown and not unknown[0].startswith("-"):
-        raise UserError(f"{unknown[0]} belongs to no flag: several values of one have commas between them, no spaces")
+        raise UserError(f"{unknown[0]} belongs to no flag: separate several values by commas, without spaces")
     if unknown:
         near = nearest(unknown[0].partition("=")[0], ["--demo", "--overwrite", *map(flag, kinds)])
         raise UserError(f"unknown flag {unknown[0]}{near or '; see --help'}")
@@ -232,13 +222,12 @@ def constants_of(c: SimpleNamespace) -> dict:
 def refuse_changes(before: dict, c: SimpleNamespace, source: Path, free: set[str]) -> None:
     """Raise UserError, naming them, where constants other than the `free` ones differ from those that `source` has."""
     now = constants_of(c)
-    changed = [f"{name} {as_text(value)} -> {as_text(now.get(name))}" for name, value in before.items()
-               if value != now.get(name) and name not in free]
+    changed = {name: f"{name} {as_text(value)} -> {as_text(now.get(name))}" for name, value in before.items()
+               if value != now.get(name) and name not in free}
     if changed:
-        longer = any(text.startswith("EPOCHS ") for text in changed)
-        why = " (the schedules span all EPOCHS: a longer run is another run)" * longer
-        raise UserError(f"{source} has other constants: {', '.join(changed)}; set them back, choose another RUN, or "
-                        f"use --overwrite to start anew{why}")
+        why = " (the schedules span all EPOCHS: a longer run is another run)" * ("EPOCHS" in changed)
+        raise UserError(f"{source} was made with other constants: {', '.join(changed.values())}; set them back, choose "
+                        f"another RUN, or use --overwrite to start anew{why}")
 
 
 def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
@@ -304,9 +293,8 @@ def choose_threads(device: torch.device, begun_with: int | None = None) -> str:
 
 
 def fastest_threads(most: int) -> int:
-    """How many threads convolve fastest now: `most`, unless half of them, or a quarter ..., are 1.5 times as fast.
-    Fewer are where other processes keep the cores busy: threads wait for each other in each of some thousand parallel
-    regions a step, and for one that has lost its core that is a time slice."""
+    """How many threads convolve fastest: `most`, unless half, a quarter ... are 1.5 times as fast. Fewer are where
+    others keep the cores busy: in each of a step's thousand parallel regions all wait for one that lost its core."""
     x, weight = torch.zeros(64, 32, 16, 16), torch.zeros(32, 32, 3, 3)
     fastest, most_done = most, 0
     for threads in (most >> halvings for halvings in range(most.bit_length())):
@@ -344,11 +332,10 @@ def compiler(device: torch.device, steps: int) -> Callable:
     if steps < MIN_STEPS_TO_COMPILE or not can_compile(device):
         return lambda function: function
     say("compiling for this GPU: the first steps take a minute or two")
-    return functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
+    return lambda function: torch.compile(function, mode="reduce-overhead", dynamic=False)
 
 
 def environment(device: torch.device) -> dict:
-    """Versions and hardware, to be kept beside a result."""
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     hardware = (torch.cuda.get_device_name(device) if device.type == "cuda" else
@@ -386,34 +373,32 @@ def rank_0_first() -> Iterator[None]:
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as several processes call it: gradients are averaged, and on GPUs BatchNorm sees the whole batch."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: every BatchNorm has a parent
     # Buffers need no broadcast: SyncBatchNorm keeps them equal, and on a CPU rank 0's are the ones that stay.
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def any_process(here: bool, device: torch.device) -> bool:
-    """Whether `here` is true in any of the processes, which all have to ask."""
+def any_process(here: int, device: torch.device) -> int:
+    """The largest `here` of all processes, which all have to ask."""
     if not dist.is_initialized():
         return here
-    anywhere = torch.tensor(int(here), device=device)
+    anywhere = torch.tensor(here, device=device)
     dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-    return anywhere.item() > 0
+    return int(anywhere)
 
 
 def run_folder(*names: str) -> Path:
     """The folder of a run, or of several together. Raises UserError for a name that could lead out of runs/."""
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise UserError(f"RUN {name!r} is no run name: use letters, digits, '.', '_' and '-' (--run)")
+            raise UserError(f"RUN {name!r} is not a valid name: use letters, digits, '.', '_' and '-' (--run)")
     return Path("runs", ",".join(names))
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the run's folder for this process; the system lets go of it when the process ends, however it ends. A folder
-    in which nothing was written is removed again."""
+    """Hold the run's folder until the block or the process ends. One in which nothing was written is removed again."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as lock:
         try:
@@ -449,7 +434,6 @@ def whole_file(file: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
 
 
 def save_torch(file: Path, content: Any) -> None:
-    """torch.save, whole or not at all."""
     with whole_file(file) as out:
         try:
             torch.save(content, out)

@@ -73,8 +73,7 @@ def render(images: Tensor, view: View, size: int) -> Tensor:
     x = color_jitter(x, view.order, view.factor)
     x = blend(x, torch.where(view.gray, 0.0, 1.0), view.gray.float())
     x = where_needed(gaussian_blur, x, view.sigma)
-    x = solarize(x, view.solarize)
-    return normalize(x)
+    return normalize(solarize(x, view.solarize))
 
 
 def render_views(images: Tensor, draws: Tensor, size: int, min_area: float, blur_p: tuple[float, float],
@@ -137,22 +136,19 @@ def bicubic_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) -
     pixel = torch.arange(size_in, device=start.device).view(1, 1, -1) + 0.5
     d = ((pixel - start.view(-1, 1, 1) - out * scale) / scale.clamp(min=1)).abs().clamp_(max=2)
     weight = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
-    end = (start + length).view(-1, 1, 1)
-    weight *= (pixel > start.view(-1, 1, 1)) & (pixel < end)
+    weight *= (pixel > start.view(-1, 1, 1)) & (pixel < (start + length).view(-1, 1, 1))
     return weight / weight.sum(dim=2, keepdim=True)
 
 
 def color_jitter(x: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue of each image [N,3,H,W], by its own factors [N,4] in its own order.
     Three of the four are blends, alike but for their weights, so one pass serves every image whatever its turn."""
-    one, zero = torch.ones_like(factor[:, 0]), torch.zeros_like(factor[:, 0])
     b, c, s, shift = factor.unbind(dim=1)
-    # Weights [3,N,4] of the image, of its gray version and of its mean gray, for each operation.
-    weights = torch.stack([torch.stack([b, c, s, one], 1), torch.stack([zero, zero, 1 - s, zero], 1),
-                           torch.stack([zero, 1 - c, zero, zero], 1)])
-    for turn in range(4):
-        operation = order[:, turn]
-        x = blend(x, *weights.gather(2, operation.expand(3, -1)[..., None])[..., 0]).clamp_(0, 1)
+    one, zero = torch.ones_like(b), torch.zeros_like(b)
+    # Weights [3,4,N] of the image, of its gray version and of its mean gray, for each operation.
+    weights = torch.stack([b, c, s, one, zero, zero, 1 - s, zero, zero, 1 - c, zero, zero]).view(3, 4, -1)
+    for operation in order.unbind(dim=1):
+        x = blend(x, *weights.gather(1, operation.expand(3, 1, -1))[:, 0]).clamp_(0, 1)
         x = where_needed(shift_hue, x, torch.where(operation == HUE, shift, zero))
     return x
 
@@ -161,11 +157,10 @@ def blend(x: Tensor, image: Tensor, gray: Tensor, mean: Tensor | None = None) ->
     """image * x + gray * luma(x) + mean * (mean luma of x), with weights [N]: an affine map of the colours."""
     r, g, b = GRAY_WEIGHTS
     luma = (r * x[:, :1]).add_(x[:, 1:2], alpha=g).add_(x[:, 2:], alpha=b)  # [N,1,H,W]
-    image, gray = image.view(-1, 1, 1, 1), gray.view(-1, 1, 1, 1)
-    offset = gray * luma
+    offset = gray.view(-1, 1, 1, 1) * luma
     if mean is not None:
         offset += mean.view(-1, 1, 1, 1) * luma.mean(dim=(2, 3), keepdim=True)
-    return torch.addcmul(offset, image, x)
+    return torch.addcmul(offset, image.view(-1, 1, 1, 1), x)
 
 
 def where_needed(operation: Callable, x: Tensor, amount: Tensor) -> Tensor:
@@ -184,8 +179,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     chroma = value - x.amin(dim=1)
     d = torch.where(chroma == 0, 1.0, chroma)
     hue = torch.where(value == r, (g - b) / d, torch.where(value == g, 2 + (b - r) / d, 4 + (r - g) / d))  # sixths
-    k = constant((5.0, 3.0, 1.0), x, 3, 1, 1) + (hue + 6 * shift.view(-1, 1, 1))[:, None]
-    k = k.remainder(6)
+    k = (constant((5.0, 3.0, 1.0), x, 3, 1, 1) + (hue + 6 * shift.view(-1, 1, 1))[:, None]).remainder(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 

@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -71,9 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     device = select_device(args.device)
     size, batch_size, precision = args.image_size, args.batch_size, select_precision("auto", device)
-    files = image_files(args.images) if args.images else []
+    files = image_files(args.images, Counter()) if args.images else []
     if files:
-        pixels, _ = cached_pixels(args.images, files, Path("data"), size)
+        pixels, _ = cached_pixels(args.images, files, Path("data"), size, max_unreadable=0)
     else:
         pixels = torch.randint(0, 256, (max(2000, 4 * batch_size), 3, size, size), dtype=torch.uint8,
                                generator=seeded_generator(0, "noise"))

@@ -175,7 +175,7 @@ def test_fine_tuning_never_waits_for_the_gpu(cuda, monkeypatch, small, where, pr
     flags = "--demo --epochs 2 --batch-size 8 --precision"
     c = read_constants(vars(train_classifier), [*flags.split(), precision])
     split, types = Split(torch.zeros(20), torch.zeros(20, dtype=torch.long), ["a", "b", "c"]), set()
-    setup = train_classifier.build_setup(c, split, split, torch.device("cpu"), [], 0)
+    setup = train_classifier.build_setup(c, split, split, torch.device("cpu"), 0)
     setup.network.fc[1].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
     weights = small_encoder("", "random", 0)[0].state_dict()
 

@@ -280,13 +280,14 @@ def test_an_image_whose_exif_cannot_be_read_is_taken_as_it_is_stored(tmp_path, e
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_each_orientation_is_what_pillow_makes_of_it(tmp_path, turn, generator):
+@pytest.mark.parametrize("suffix", ["png", "tif"])  # Pillow itself turns a TIFF, as it loads it
+def test_each_orientation_is_what_pillow_makes_of_it(tmp_path, turn, suffix, generator):
     pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator).numpy()
     exif = Image.Exif()
     exif[0x0112] = turn
-    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))).transpose(2, 0, 1)
-    assert np.array_equal(decode_image(tmp_path / "x.png", 16), expected)
+    Image.fromarray(pixels).save(tmp_path / f"x.{suffix}", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"x.{suffix}"))).transpose(2, 0, 1)
+    assert np.array_equal(decode_image(tmp_path / f"x.{suffix}", 16), expected)
 
 
 def test_what_is_hidden_is_no_image_and_links_to_folders_are_followed(tmp_path):
@@ -433,7 +434,7 @@ def test_a_link_to_a_folder_that_is_not_there_is_an_error(tmp_path, link):
     (lambda root: (root / "test" / "c").mkdir(), "class 'c' is not in"),
     (lambda root: (root / "train" / "c").mkdir(), "no images of class 'c'"),
     (lambda root: shutil.rmtree(root / "test" / "b"), "test/b holds no images of class 'b'"),
-    (lambda root: shutil.rmtree(root / "train"), "train is missing: labelled images belong in .*train/<class>/"),
+    (lambda root: shutil.rmtree(root / "train"), "train is missing, or holds no class folders: labelled images belong in .*train/<class>/"),
     (lambda root: shutil.rmtree(root), "images' is neither 'stl10', 'cifar10', 'patterns' nor an existing folder")])
 def test_folders_that_are_no_dataset_are_named(tmp_path, spoil, message):
     root = write_folder(tmp_path / "images")

@@ -185,6 +185,6 @@ def test_the_verdict_tells_gained_from_lost_and_from_neither():
         f"kNN went from 50.0% to 54.0%, by +4.0 ± {half:.1f} (95%): pretraining gained") and 1.7 < half < 1.75
     assert "to 50.0%, by -4.0 ± 1.7 (95%): pretraining LOST; train for more" in verdict("kNN", gained, before)
     assert verdict("kNN", before, level).endswith(
-        "to 50.4%, by +0.4 ± 1.7 (95%): 1,000 held-out images cannot tell whether pretraining changed it")
+        "to 50.4%, by +0.4 ± 1.7 (95%): 1,000 held-out images cannot tell this from chance")
     assert "by -100.0 ± 100.0 (95%): 1 held-out image cannot tell" in verdict("kNN", before[:1], gained[:1])
     assert "went from" not in (changed := verdict("kNN", before, before[:999])) and "images have changed" in changed

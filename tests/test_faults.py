@@ -74,7 +74,7 @@ def refused(capsys, script, argv, *needles):
 
 @pytest.mark.parametrize("run", ["tiny", "new"])
 @pytest.mark.parametrize("argv, message", [
-    ("--dataset stl11", "/stl11' is neither 'stl10', 'patterns' nor an existing folder"), ("--epochs 0", "EPOCHS is 0"),
+    ("--dataset stl11", "/stl11' is neither 'stl10', 'cifar10', 'patterns' nor an existing folder"), ("--epochs 0", "EPOCHS is 0"),
     ("--batch-size 0", "BATCH_SIZE is 0: it must be a whole number at least 2 (--batch-size)"),
     ("--batch-size 8.5", "BATCH_SIZE is 8.5: it must be a whole number"), ("--jitter 9", "JITTER is 9"),
     ("--batch-size 21", "BATCH_SIZE is 21, but there are only 20 images"), ("--image-size 15", "IMAGE_SIZE is 15"),
@@ -85,21 +85,21 @@ def refused(capsys, script, argv, *needles):
     ("--precision fp8", "PRECISION is fp8"), ("--batchnorm no", "BATCHNORM is no: it must be auto or batch or frozen"),
     ("--device tpu", "DEVICE 'tpu' cannot be used"),
     (f"--device cuda:{torch.cuda.device_count()}", "DEVICE 'cuda:"), ("--encoder vgg11", "ENCODER 'vgg11' is unknown"),
-    ("--run ../../etc", "RUN '../../etc' is no run name"), ("--run none", "RUN none cannot be"),
-    ("--init runs/tiny/encoder.pt --run tiny", "INIT must not lie in its folder")])
+    ("--run ../../etc", "RUN '../../etc' is not a valid name"), ("--run none", "RUN none is not possible"),
+    ("--init runs/tiny/encoder.pt --run tiny", "INIT must lie outside its folder")])
 def test_constants_that_cannot_be(begun, capsys, monkeypatch, run, argv, message):
     monkeypatch.setattr(train_byol, "build_encoder", encoders.build_encoder)
     refused(capsys, train_byol, [*ANEW, "--run", run, *argv.split()], message)
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--run tiny,tiny", "RUN is tiny,tiny: it must be "), ("--run tiny,../x", "RUN '../x' is no run name"),
+    ("--run tiny,tiny", "RUN is tiny,tiny: it must be "), ("--run tiny,../x", "RUN '../x' is not a valid name"),
     ("--run parts", "runs/parts has no encoder.pt yet"), ("--run none --dataset nowhere", "/nowhere' is neither"),
     ("--seeds 0,a", "a: it must be a whole number at least 0"), ("--controls", "unknown flag --controls"),
-    ("--learning-rate 0.1,-1", "-1: it must be a number at least 0"), ("--seeds 0 1", "1 belongs to no flag: several"),
+    ("--learning-rate 0.1,-1", "-1: it must be a number at least 0"), ("--seeds 0 1", "1 belongs to no flag: separate"),
     ("--epochs 0", "EPOCHS is 0"),
     ("--labels-per-class 0", "LABELS_PER_CLASS is 0"), ("--labels-per-class 11", "'a' has only 10 training images"),
-    ("--crop-area 0.9 --epochs 5", "runs/tiny/results.json has other constants: CROP_AREA 0.3 -> 0.9; set them back")])
+    ("--crop-area 0.9 --epochs 5", "results.json was made with other constants: CROP_AREA 0.3 -> 0.9; set them back")])
 def test_comparisons_that_cannot_be(begun, capsys, argv, message):
     refused(capsys, train_classifier, [*COMPARE, *argv.split()], message)
 
@@ -107,7 +107,7 @@ def test_comparisons_that_cannot_be(begun, capsys, argv, message):
 def test_folders_that_cannot_be(begun, capsys, monkeypatch):
     for folder, needle in (("empty", "empty' has neither unlabeled/ nor train/"),
                            ("empty/unlabeled", "empty/unlabeled holds no images"),
-                           ("empty/train", "empty/train holds no class folders")):
+                           ("empty/train", "empty/train is missing, or holds no class folders")):
         Path(folder).mkdir()
         refused(capsys, train_byol, [*ANEW, "--dataset", "empty"], needle)
     Path("images/test/zebra").mkdir()
@@ -159,14 +159,14 @@ def test_stl10_files_that_cannot_be(begun, capsys, monkeypatch):
     monkeypatch.setattr(train_byol, "build_encoder", encoders.build_encoder)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     refused(capsys, train_byol, [*ANEW, "--init", "imagenet"], "INIT 'imagenet'", "unreachable", "random")
-    refused(capsys, train_byol, [*ANEW, "--init", "images/test/a/0.png"], "images/test/a/0.png is no weights file")
+    refused(capsys, train_byol, [*ANEW, "--init", "images/test/a/0.png"], "images/test/a/0.png is not a weights file")
 
 
 def test_changed_constants_and_images_are_named_and_refused(begun, capsys):
     refused(capsys, train_byol, [*FINISHED, "--epochs", "9", "--seed", "1"], "a longer run is another run",
-            "runs/tiny/checkpoint.pt has other constants: EPOCHS 2 -> 9, SEED 0 -> 1; set", "--overwrite")
+            "runs/tiny/checkpoint.pt was made with other constants: EPOCHS 2 -> 9, SEED 0 -> 1; set", "--overwrite")
     Path("runs/parts/config.json").unlink()  # which loses nothing, and lets nothing be mixed up
-    refused(capsys, train_byol, [*PARTS, "--seed", "9"], "checkpoint.pt has other constants: SEED 0 -> 9; set")
+    refused(capsys, train_byol, [*PARTS, "--seed", "9"], ".pt was made with other constants: SEED 0 -> 9; set")
     Image.new("RGB", (20, 20)).save("images/unlabeled/new.png")
     refused(capsys, train_byol, PARTS, "has 21 images, and they are not the 20 that the run was begun with")
 
@@ -252,7 +252,7 @@ def test_a_finished_run_stays_finished_without_its_checkpoint(begun, capsys):
     before = everything()
     assert train_byol.main(FINISHED) == 0 and "runs/tiny is finished" in capsys.readouterr().out
     assert everything() == before
-    refused(capsys, train_byol, [*FINISHED, "--seed", "7"], "config.json has other constants: SEED 0 -> 7")
+    refused(capsys, train_byol, [*FINISHED, "--seed", "7"], "config.json was made with other constants: SEED 0 -> 7")
 
 
 @pytest.mark.parametrize("flags, sick, message", [

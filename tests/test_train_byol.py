@@ -88,7 +88,7 @@ def test_a_run_fills_its_folder(tiny, drawn, capsys):
     assert all(0 <= float(row["loss"]) <= 8 and float(row["spread"]) > 0 for row in table)
     assert [float(row["epoch"]) for row in table] == [1, 2] and all(row["knn"] and row["probe"] for row in table)
     out = capsys.readouterr().out
-    assert "BYOL: 20 images, resnet18 from random weights at 16 px, 2 epochs of 2 steps, on cpu in fp32" in out
+    assert "BYOL: 20 images, resnet18 (7x7) from random weights at 16 px, 2 epochs of 2 steps, on cpu in fp32" in out
     assert "epoch 2.00 of 2  loss" in out
 
 
@@ -116,6 +116,7 @@ def test_runs_are_decided_by_the_seed(tiny):
 @pytest.mark.parametrize("flags", ["--precision fp32", "--precision bf16", "--predictor-rate 1 --weight-decay 0"])
 def test_a_stopped_run_continues_bit_for_bit(tiny, monkeypatch, capsys, flags):
     """A signal in any step: a checkpoint, its exit status; the same command ends where an uninterrupted run does."""
+    monkeypatch.setattr(signal, "SIG_IGN", None)  # these tests may run under nohup
     tiny(*(argv := [*flags.split(), "--log-every", "3"]), run="whole")
     for stop_after, signum in ((1, signal.SIGTERM), (2, signal.SIGHUP), (3, signal.SIGINT)):
         with monkeypatch.context() as patch:
@@ -165,7 +166,7 @@ def test_what_comes_next_is_a_command_that_names_this_run(tiny, tmp_path, monkey
 
 
 @pytest.mark.parametrize("minutes, reads, saves", [
-    ("1000", [3, 1, 2, 2, 0], [8]), ("0", [1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8, 8])])
+    ("1000", [3, 1, 2, 2, 0], [8]), ("0", [1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0], [1, 2, 3, 4, 5, 6, 7, 8])])
 def test_rows_hold_means_of_losses_and_checkpoints_come_when_due(tiny, monkeypatch, minutes, reads, saves):
     """The host reads losses, and so waits for the device, where a row or a checkpoint is due and nowhere else."""
     losses, read, saved = iter(map(float, range(1, 9))), [], []

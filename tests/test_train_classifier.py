@@ -72,7 +72,7 @@ def build(*argv, images=40):
     c = utils.read_constants(vars(train_classifier), [*QUICK, *HALF, *argv])
     train_classifier.adopt_runs(c)
     train, test = (draw_patterns(n, 16, utils.seeded_generator(0, n)) for n in (images, 20))
-    return train_classifier.build_setup(c, train, test, torch.device("cpu"), [], 10)
+    return train_classifier.build_setup(c, train, test, torch.device("cpu"), 10)
 
 
 def weights_of(seed):
@@ -140,11 +140,13 @@ def test_stl10s_folds_are_subsets_and_the_classifier_loads_into_torchvision(tmp_
     assert "SEEDS from 0 to 9: it has ten folds" in capsys.readouterr().err
 
 
-def test_cifar10_with_the_3x3_stem_from_pretraining_to_a_classifier_in_torchvision(tmp_path, monkeypatch, capsys):
+def test_cifar10_with_the_3x3_stem_from_pretraining_to_torchvision(tmp_path, small, monkeypatch, capsys):
     write_cifar10(tmp_path / "data", monkeypatch)
+    for script in (train_byol, train_classifier):
+        monkeypatch.setattr(script, "build_encoder", encoders.build_encoder)
     assert train_byol.main(["--dataset", "cifar10", "--stem", "3x3", "--image-size", "16", "--init", "random", "--run",
                             "small", "--epochs", "1", "--batch-size", "9", "--hidden-dim", "8", "--device", "cpu"]) == 0
-    assert train_classifier.main(["--run", "small", *QUICK, "--seeds", "0"]) == 0
+    assert train_classifier.main(["--run", "small", *QUICK, "--seeds", "0", "--epochs", "1"]) == 0
     assert "20 images, resnet18 (3x3) from random weights" in (out := capsys.readouterr().out)
     assert out.count("resnet18 (3x3) from random weights") == 2 and "10 test images of 10 classes" in out
     for file, fc in (("encoder.pt", torch.nn.Identity()), ("classifier.pt", torch.nn.Linear(512, 10))):
@@ -186,7 +188,7 @@ def test_without_byol_the_baseline_is_trained_and_the_other_half_explained(image
     assert train_classifier.main([*QUICK, *HALF[2:], "--seeds", "0", "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert "no pretraining; fine-tuned for 1 epoch, the last one reported\n" in out
-    assert out.endswith("for the half with BYOL: python train_byol.py, and then the command that it ends with\n")
+    assert out.endswith("for the arm with BYOL, run python train_byol.py and then the command that it prints last\n")
     assert [r["arm"] for r in results("none")["records"]] == [BASELINE]
     assert {path.name for path in Path("runs/none").iterdir()} == {".lock", "results.json", "classifier.pt"}
 
@@ -225,7 +227,7 @@ def test_a_run_that_is_not_there_is_named_with_the_nearest_and_downloads_nothing
     (["--labels-per-class", "fold"], "fold is for DATASET stl10"), (["--epochs", "-1"], "EPOCHS is -1"),
     (["--labels-per-class", "11"], "LABELS_PER_CLASS 11: class 'a' has only 10 training images: lower it"),
     (["--batch-size", "21"], "BATCH_SIZE is 21, but there are only 20 training images: lower it"),
-    (["--dataset", "one"], "/one' has but one class in train/: there is nothing to tell apart\n"),
+    (["--dataset", "one"], "/one' has but one class in train/: it takes two\n"),
     (["--dataset", "none"], "/none' has no train/: the classifier needs train/<class>/"),
     (["--dataset", "half"], "/half' has no test/: the classifier needs test/<class>/")])
 def test_mistakes_end_in_one_line(images, capsys, argv, message):
@@ -254,7 +256,7 @@ def test_seeds_and_budgets_are_added_and_nothing_is_trained_twice_but_with_overw
     assert results()["summary"].keys() == {"all"} and results()["records"] == found
     monkeypatch.setattr(utils, "has_native_bf16", lambda device: True)
     assert compare("--seeds", "0,1", "--precision", "auto") == 1
-    assert "results.json has other constants: PRECISION fp32 -> bf16;" in capsys.readouterr().err
+    assert "results.json was made with other constants: PRECISION fp32 -> bf16;" in capsys.readouterr().err
     (pretrained / "neighbors.png").write_text("old")
     assert compare("--seeds", "0", "--overwrite") == 0 and results()["records"] == first
     assert not (pretrained / "label_efficiency.png").exists() and (pretrained / "neighbors.png").read_text() != "old"
@@ -319,7 +321,7 @@ def test_runs_that_differ_in_their_seed_are_compared_together(images, monkeypatc
     expected = gain_interval(torch.stack([of_seeds[0::2].mean(0), of_seeds[1::2].mean(0)]))
     assert results("of3,of4")["summary"]["all"]["kNN"]["interval"] == pytest.approx(expected), "a run is one repetition"
     assert "2 pretraining runs, in turn" in out and "over runs, seeds and test images" in out
-    for argv, needle in ((["--seeds", "0,1,2"], "do not take the runs of3,of4 equally often: of 2 runs"),
+    for argv, needle in ((["--seeds", "0,1,2"], "do not use the runs of3,of4 equally often: seed s uses"),
                          (["--seeds", "0,2"], "equally often"), (["--run", "of3,of3"], "RUN is of3,of3"),
                          (["--run", "of3,again"], "two of these runs have the same SEED"),
                          (["--run", "of3,missing"], "there is no runs/missing/config.json"),
@@ -383,7 +385,7 @@ def test_each_arm_and_budget_takes_the_rate_that_is_best_on_held_out_images(pret
     assert asked_by("0,1", "0.05,0.1,0.2") == trials(0.05, 0.1, 0.2) + table(0, 1)
     lines = capsys.readouterr().out.splitlines()
     assert "32 trainings of 4 steps to do" in lines
-    assert [line.split(":")[0] for line in lines if "at the end of LEARNING_RATE" in line] == [
+    assert [line.split(":")[0] for line in lines if "at an end of LEARNING_RATE" in line] == [
         "3 labels without BYOL", "all labels without BYOL", "all labels with BYOL"], "and 0.1 lies between"
     assert asked_by("1,0,2", "0.05,0.1,0.2") == table(2)
     assert len(asked_by("0", "0.1,0.2", "--epochs", "1")) == 16 + 4, "another length has rates of its own"

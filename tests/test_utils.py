@@ -121,7 +121,7 @@ def test_constants_may_be_annotated_set_together_or_nothing(capsys):
 
 
 def test_wrong_flags_are_named():
-    for flags, message in ((["stray"], "stray belongs to no flag: several values of one have commas"),
+    for flags, message in ((["stray"], "stray belongs to no flag: separate several values by commas"),
                            (["--epochs"], "EPOCHS expected one argument")):
         with pytest.raises(UserError, match=message):
             read_constants(vars(train_byol), flags)

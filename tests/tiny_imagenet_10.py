@@ -1,4 +1,4 @@
-"""Build Tiny ImageNet-10, on which RESULTS.md reports, from Tiny ImageNet's public archive (cs231n.stanford.edu, 248 MB):
+"""Build Tiny ImageNet-10, on which RESULTS.md reports, from Tiny ImageNet's public archive (cs231n.stanford.edu):
 
     python tests/tiny_imagenet_10.py tiny-imagenet-200.zip FOLDER
 
