@@ -3,7 +3,7 @@
     python train_classifier.py --demo            after train_byol.py --demo
     python train_classifier.py                   after train_byol.py
     python train_classifier.py --run A,B,C       after train_byol.py --run A, B and C, which differ in SEED alone
-    python train_classifier.py --run none        the half without BYOL
+    python train_classifier.py --run none        the arm without BYOL alone
 
 Both arms share the head's first weights, the order of the batches, the crops and the number of steps; each takes the
 rate best for it on held-out labelled images. Reported is the test accuracy after the last epoch, never the best one.
@@ -46,9 +46,9 @@ INIT = "run"  # what "without BYOL" starts from: imagenet, random, or a file wit
 LABELS_PER_CLASS = (10, 50, "all")  # budgets: labelled images of each class, all, or fold: one of STL-10's ten a seed
 SEEDS = (0, 1, 2)  # one training each; a seed decides the labelled subset, the head, the crops and random weights
 # Fine-tuning
-EPOCHS = "auto"  # passes over all labelled images; fewer of them take as many steps; auto: 10, if INIT is random 40
+EPOCHS = "auto"  # passes over all labelled images; fewer images get as many steps; auto: 40 if INIT is random, else 10
 BATCH_SIZE = 64  # images a step
-LEARNING_RATE = (0.0006, 0.0025, 0.01, 0.04)  # peak rates, the best on held-out images is taken; or one
+LEARNING_RATE = (0.0006, 0.0025, 0.01, 0.04)  # peak rates, of which held-out images choose one; or a single rate
 HEAD_RATE = 0.1  # how many times as fast the new head learns, behind a BatchNorm that gives features one scale
 WEIGHT_DECAY = 5e-4  # of matrices and convolutions; BatchNorm and biases get none
 WARMUP_EPOCHS = 1.0  # linear rise of the rate, at most half of the training; then a cosine to zero
@@ -188,10 +188,10 @@ def new_head(feature_dim: int, classes: int, seed: int) -> nn.Sequential:
 
 
 def frozen_encoder(setup: Setup, arm: str, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The weights that an arm starts from, of the run of number seed modulo runs, and their features of both splits."""
+    """The weights that an arm starts from, and their features of both splits. Seed s uses run number s modulo runs."""
     c, device = setup.c, setup.device
     init = str(run_folder(c.RUN[seed % len(c.RUN)]) / "encoder.pt") if arm == WITH_BYOL else c.INIT
-    key = init, seed if init == "random" else None  # an encoder that no seed changes is asked once
+    key = init, seed if init == "random" else None  # the same encoder for all seeds is used once
     if key not in setup.frozen:
         encoder = build_encoder(c.ENCODER, init, seed, c.STEM)[0].to(device, memory_format=torch.channels_last)
         setup.frozen[key] = encoder.state_dict(), *(extract_features(encoder, split.pixels, device, c.PRECISION).cpu()
@@ -235,7 +235,7 @@ def run_training(setup: Setup, training: Training) -> tuple[dict, nn.Module]:
 
 def fine_tune(setup: Setup, start: dict[str, Tensor], subset: Tensor, seed: int, rate: float, title: str) -> nn.Module:
     """An encoder's weights `start` and a new head, trained on images `subset`: a network with one linear layer, `fc`.
-    Head, order and crops come from the seed alone, and as many steps as EPOCHS passes over all training images take."""
+    Head, order and crops come from the seed alone. The number of steps is that of EPOCHS passes over all of train/."""
     c, train, device, network = setup.c, setup.train, setup.device, setup.network
     head = new_head(network.fc[1].in_features, len(train.classes), seed)
     network.load_state_dict(start | {f"fc.{name}": value for name, value in head.state_dict().items()})
@@ -308,7 +308,7 @@ def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split
     if found is None:
         raise UserError(f"DATASET {c.DATASET!r} has no {split}/: the classifier needs {split}/<class>/ with images")
     if len(found.classes) < 2:  # a subset may then be a single image, of which BatchNorm learns nothing
-        raise UserError(f"DATASET {c.DATASET!r} has but one class in {split}/: it takes two")
+        raise UserError(f"DATASET {c.DATASET!r} has only one class in {split}/: a comparison needs two")
     return found._replace(pixels=place(found.pixels, device))
 
 
@@ -319,8 +319,7 @@ def check_constants(c: SimpleNamespace, train: Split) -> None:
         raise UserError(f"SEEDS {as_text(c.SEEDS)} do not use the runs {as_text(c.RUN)} equally often: seed "
                         f"s uses run number s modulo {len(c.RUN)}, counted from 0")
     if c.BATCH_SIZE > len(train.labels):
-        raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are only "
-                        f"{count(len(train.labels), 'training image')}: lower it")
+        raise UserError(f"BATCH_SIZE is {c.BATCH_SIZE}, but there are {len(train.labels)} training images: lower it")
     if 1 in c.LABELS_PER_CLASS and len(c.LEARNING_RATE) > 1:
         raise UserError("LABELS_PER_CLASS 1 leaves no image to choose a rate by: give one LEARNING_RATE")
     if "fold" in c.LABELS_PER_CLASS and (c.DATASET != "stl10" or max(c.SEEDS) > 9):

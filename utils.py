@@ -78,8 +78,8 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
 
 @contextlib.contextmanager
 def on_signals(received: list[int] | None = None) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP, unless ignored (as by nohup), are noted in the list, or raise
-    KeyboardInterrupt(signal, when). A second meets the system's own handler, but under torchrun, which repeats each."""
+    """Inside, Ctrl-C, SIGTERM and SIGHUP are added to the list or, without one, raise KeyboardInterrupt(signal, when).
+    What is ignored, as by nohup, stays so. A second one ends the process, but not under torchrun, which repeats it."""
     def handle(signum, frame):
         if "RANK" not in os.environ:
             signal.signal(signum, signal.SIG_DFL)
@@ -108,7 +108,7 @@ def progress(**options) -> tqdm:
 
 
 def timer(seconds: float) -> Callable[[], bool]:
-    """Asked again and again, it is true where so much time has passed since it was, or since now."""
+    """Returns a function that is true when so many seconds have passed since it last was, or since now."""
     last = time.monotonic()
 
     def due() -> bool:
@@ -175,9 +175,9 @@ def several(kind: Callable, exactly: int | None = None) -> Callable[[str], tuple
 
 
 def read_constants(script: dict, argv: list[str] | None) -> SimpleNamespace:
-    """The constants at the top of a script, read as flags are, of which `--demo`'s and then the given ones win. Each
-    name in the script's KINDS is a constant and a flag, and its trailing comment is the flag's help. Raises UserError
-    for an unknown flag, and for a value that is not of the constant's kind."""
+    """The constants at the top of a script. `--demo`'s win over them, and given flags over both. Each name in the
+    script's KINDS is a constant and a flag; the comment behind the constant is the flag's help. Raises UserError for an
+    unknown flag, and for a value that is not of the constant's kind."""
     source, kinds = Path(script["__file__"]).read_text(encoding="utf-8"), script["KINDS"]
     given = sys.argv[1:] if argv is None else argv
     values = {name: script[name] for name in kinds} | (script["DEMO"] if "--demo" in given else {})

@@ -77,7 +77,8 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_named(tmp_path):
     torn, own = (tmp_path / "whole.pt").read_bytes()[:1000], torchvision.models.resnet18().state_dict()
     for content, message in [
             (None, "is neither 'imagenet', 'random' nor a file with weights"), (b"", "is not a weights file"),
-            (torn, "is not a weights file"), ({"weights": Code()}, "is not a weights file"), (whole, "do not fit ENCODER"),
+            (torn, "is not a weights file"), ({"weights": Code()}, "is not a weights file"),
+            (whole, "do not fit ENCODER"),
             ({"model": {}, "step": 3}, "holds no state dict"), ([torch.ones(1)], "holds no state dict"),
             ({"net": {"backbone." + name: value for name, value in whole.items()}}, "do not fit .* of net backbone"),
             ({"q": own, "k": own}, r"holds the weights of several networks \(k, q\): save one alone"),

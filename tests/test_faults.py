@@ -74,7 +74,8 @@ def refused(capsys, script, argv, *needles):
 
 @pytest.mark.parametrize("run", ["tiny", "new"])
 @pytest.mark.parametrize("argv, message", [
-    ("--dataset stl11", "/stl11' is neither 'stl10', 'cifar10', 'patterns' nor an existing folder"), ("--epochs 0", "EPOCHS is 0"),
+    ("--dataset stl11", "/stl11' is neither 'stl10', 'cifar10', 'patterns' nor an existing folder"),
+    ("--epochs 0", "EPOCHS is 0"),
     ("--batch-size 0", "BATCH_SIZE is 0: it must be a whole number at least 2 (--batch-size)"),
     ("--batch-size 8.5", "BATCH_SIZE is 8.5: it must be a whole number"), ("--jitter 9", "JITTER is 9"),
     ("--batch-size 21", "BATCH_SIZE is 21, but there are only 20 images"), ("--image-size 15", "IMAGE_SIZE is 15"),

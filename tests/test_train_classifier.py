@@ -226,8 +226,8 @@ def test_a_run_that_is_not_there_is_named_with_the_nearest_and_downloads_nothing
     (["--labels-per-class", "1,3", "--learning-rate", "0.1,0.2"], "LABELS_PER_CLASS 1 leaves no image to choose"),
     (["--labels-per-class", "fold"], "fold is for DATASET stl10"), (["--epochs", "-1"], "EPOCHS is -1"),
     (["--labels-per-class", "11"], "LABELS_PER_CLASS 11: class 'a' has only 10 training images: lower it"),
-    (["--batch-size", "21"], "BATCH_SIZE is 21, but there are only 20 training images: lower it"),
-    (["--dataset", "one"], "/one' has but one class in train/: it takes two\n"),
+    (["--batch-size", "21"], "BATCH_SIZE is 21, but there are 20 training images: lower it"),
+    (["--dataset", "one"], "/one' has only one class in train/: a comparison needs two\n"),
     (["--dataset", "none"], "/none' has no train/: the classifier needs train/<class>/"),
     (["--dataset", "half"], "/half' has no test/: the classifier needs test/<class>/")])
 def test_mistakes_end_in_one_line(images, capsys, argv, message):
