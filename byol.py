@@ -18,13 +18,11 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 class BYOL(nn.Module):
-    """Online and target network. The target starts as a copy of the online one, with storage of its own.
-
-    encoder: maps normalised images [N,3,S,S] to features [N,feature_dim]; it becomes `online_encoder`.
-    The target gets no gradient and stays in train mode: its BatchNorm normalises by its own batch, as in the
-    official code. Call `update_target` after each optimizer step.
-    frozen_batchnorm: both encoders normalise by the statistics that `encoder` came with, and keep them; the heads
-    normalise by the batch. For an encoder that is good already: the statistics of views are not those of images."""
+    """Online and target network. The target starts as a copy of the online one, with storage of its own. It gets no
+    gradient and stays in train mode: its BatchNorm normalises by its own batch, as in the official code. Call
+    `update_target` after each optimizer step. encoder: maps normalised images [N,3,S,S] to features [N,feature_dim]; it
+    becomes `online_encoder`. frozen_batchnorm: both encoders normalise by the statistics that `encoder` came with, and
+    keep them, because those of views are not those of images; the heads normalise by the batch."""
 
     def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 4096, projection_dim: int = 256,
                  frozen_batchnorm: bool = False):

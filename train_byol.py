@@ -109,8 +109,8 @@ def pretrain(c: SimpleNamespace) -> None:
         if state:
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
-        state = (state or {"step": 0, "losses": [], "rows": []}) | {"version": VERSION, "constants": constants_of(c),
-                 "images": len(images), "world_size": world, "threads": torch.get_num_threads()}
+        state = (state or {"step": 0, "losses": [], "rows": []}) | {
+            "version": VERSION, "constants": constants_of(c), "world_size": world, "threads": torch.get_num_threads()}
         say(f"BYOL: {count(len(images), 'image')}, {c.ENCODER} ({c.STEM}) from {Path(c.INIT).name} weights at "
             f"{c.IMAGE_SIZE} px, {count(c.EPOCHS, 'epoch')} of {count(len(images) // c.BATCH_SIZE, 'step')}, on "
             f"{device} in {c.PRECISION}{threads}" + f", from step {state['step']}" * (state["step"] > 0))
@@ -185,8 +185,7 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
 
 def train_step(network: nn.Module, model: BYOL, optimizer: torch.optim.Optimizer, views: tuple[Tensor, Tensor],
                rate: float, tau: float, precision: str) -> Tensor:
-    """One step of the online network by the optimizer, then one of the target by the average. The loss, on the device.
-    network: `model` as it is called, distributed or compiled."""
+    """One step of the online network, then one of the target; the loss. network: `model`, distributed or compiled."""
     view1, view2 = (view.contiguous(memory_format=torch.channels_last) for view in views)
     with autocast(view1.device, precision):
         loss = network(view1, view2)
@@ -239,8 +238,7 @@ def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) ->
         raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not divide into {world} equal parts of at least 2 images")
     c.IMAGES, c.LABELLED = unlabeled.stamp(), labelled.stamp() if labelled else ""
     if state and state["constants"]["IMAGES"] != c.IMAGES:
-        raise UserError(f"DATASET {c.DATASET!r} has {count(images, 'image')}, and they are not the {state['images']:,} "
-                        "that the run was begun with: bring those back, choose another RUN, or use --overwrite")
+        raise UserError(f"DATASET {c.DATASET} no longer holds this run's images: bring them back, or choose another RUN")
     if state and state["world_size"] != world:
         say(f"begun by {state['world_size']} processes, continued by {world}: from here on the random views differ")
     pixels = place(unlabeled.pixels, device)

@@ -59,18 +59,16 @@ MAX_UNREADABLE = 0.01  # share of a folder's images that may be unreadable: they
 DEVICE = "auto"  # auto is cuda, then mps, then cpu
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 where the hardware has it
 
-KINDS = {
-    "RUN": several(str), "DATASET": path("run", "stl10", "cifar10", "patterns"), "ENCODER": str,
-    "STEM": choice("run", "7x7", "3x3"), "IMAGE_SIZE": number(16, math.inf, "run", whole=True),
-    "INIT": path("run", "imagenet", "random"), "SEEDS": several(number(0, whole=True)),
-    "LABELS_PER_CLASS": several(number(1, math.inf, "all", "fold", whole=True)), "LEARNING_RATE": several(number(0)),
-    "EPOCHS": number(1, math.inf, "auto", whole=True), "BATCH_SIZE": number(2, whole=True), "HEAD_RATE": number(0),
-    "WEIGHT_DECAY": number(0), "WARMUP_EPOCHS": number(0), "CROP_AREA": number(0.01, 1), "DEVICE": str,
-    "DATA_ROOT": path(), "MAX_UNREADABLE": number(0, 1), "PRECISION": choice("auto", "bf16", "fp32")}
+KINDS = dict(RUN=several(str), DATASET=path("run", "stl10", "cifar10", "patterns"),
+             IMAGE_SIZE=number(16, math.inf, "run", whole=True), ENCODER=str, STEM=choice("run", "7x7", "3x3"),
+             INIT=path("run", "imagenet", "random"), SEEDS=several(number(0, whole=True)),
+             LABELS_PER_CLASS=several(number(1, math.inf, "all", "fold", whole=True)), BATCH_SIZE=number(2, whole=True),
+             EPOCHS=number(1, math.inf, "auto", whole=True), LEARNING_RATE=several(number(0)), HEAD_RATE=number(0),
+             WEIGHT_DECAY=number(0), WARMUP_EPOCHS=number(0), CROP_AREA=number(0.01, 1), DATA_ROOT=path(),
+             MAX_UNREADABLE=number(0, 1), DEVICE=str, PRECISION=choice("auto", "bf16", "fp32"))
 DEMO = dict(RUN="demo", LABELS_PER_CLASS=(10, 50), SEEDS=(0, 1, 2, 3, 4), EPOCHS=1, BATCH_SIZE=32, LEARNING_RATE=0.0025)
-OF_THE_RUN = {  # what "run" means where RUN is none, and with --demo
-    "DATASET": ("stl10", "patterns"), "IMAGE_SIZE": (96, 32), "ENCODER": ("resnet18", "resnet18"),
-    "STEM": ("7x7", "7x7"), "INIT": ("imagenet", "random")}
+OF_THE_RUN = dict(DATASET=("stl10", "patterns"), IMAGE_SIZE=(96, 32), ENCODER=("resnet18", "resnet18"),
+                  STEM=("7x7", "7x7"), INIT=("imagenet", "random"))  # "run" where RUN is none, and with --demo
 PLACES = {"RUN", "DATA_ROOT", "MAX_UNREADABLE", "DEVICE", "DATASET", "INIT"}  # of the last two only the path is free
 FREE = PLACES | {"SEEDS", "LABELS_PER_CLASS", "EPOCHS", "LEARNING_RATE"}  # may change between calls
 MAY_DIFFER = PLACES | {"SEED", "CHECKPOINT_MINUTES"}  # between pretraining runs compared together
@@ -211,8 +209,8 @@ def subset_of(setup: Setup, labels: int | str, seed: int) -> Tensor:
 
 
 def run_training(setup: Setup, training: Training) -> tuple[dict, nn.Module]:
-    """A training's record, with the images that each protocol gets right, and the network that was fine-tuned. A trial
-    of a rate is tested on its fifth of the labelled images, by fine-tuning alone."""
+    """A training's record, with what each protocol gets right, and the fine-tuned network. A trial of a rate is tested
+    on its fifth of the labelled images, by fine-tuning alone."""
     seed, arm, labels, _, rate, fifth = training
     c, (pixels, known, classes), (images, truth, _) = setup.c, setup.train, setup.test
     subset, (weights, features, queries) = subset_of(setup, labels, seed), frozen_encoder(setup, arm, seed)

@@ -338,8 +338,7 @@ def compiler(device: torch.device, steps: int) -> Callable:
 def environment(device: torch.device) -> dict:
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    hardware = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-                cpu[1] if cpu else platform.processor() or platform.machine())
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu[1] if cpu else platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "device": str(device), "hardware": hardware, "threads": torch.get_num_threads(),
             "world_size": rank_and_world()[1]}

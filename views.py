@@ -10,7 +10,6 @@ from torch import Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's luma
-MIN_AREA = 0.08  # smallest share of an image that a crop shows
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operations of the colour jitter
 JITTER_STRENGTHS = (0.4, 0.4, 0.2, 0.1)  # in that order
 JITTER_P, GRAY_P = 0.8, 0.2  # probabilities of the jitter and of grayscale in either view
@@ -83,13 +82,12 @@ def render_views(images: Tensor, draws: Tensor, size: int, min_area: float, blur
                  for u, blur, solarize in zip(draws, blur_p, SOLARIZE_P))
 
 
-def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = MIN_AREA,
+def two_views(images: Tensor, size: int, generator: torch.Generator, min_area: float = 0.08,
               blur_p: tuple[float, float] = BLUR_P, jitter_strength: float = 1,
               render_views: Callable = render_views) -> tuple[Tensor, Tensor]:
     """BYOL's two views of each image: uint8 [N,3,H,W] -> two normalised float tensors [N,3,size,size]. Uniform numbers
-    for both views are drawn on the CPU and go to the images' device in one copy; all else is done there (on CUDA in
-    TF32). min_area: smallest share of an image that a crop shows. jitter_strength: of the colour jitter, as a multiple
-    of the paper's. render_views: the function of that name, or a compiled form of it."""
+    for both are drawn on the CPU and go to the images' device in one copy; all else is done there. min_area: smallest
+    share of an image that a crop shows. jitter_strength: a multiple of the paper's. render_views: perhaps compiled."""
     draws = send(torch.rand(2, len(images), VIEW_DRAWS, generator=generator), images.device)
     return render_views(images, draws, size, min_area, blur_p, jitter_strength)
 

@@ -434,7 +434,7 @@ def test_a_link_to_a_folder_that_is_not_there_is_an_error(tmp_path, link):
     (lambda root: (root / "test" / "c").mkdir(), "class 'c' is not in"),
     (lambda root: (root / "train" / "c").mkdir(), "no images of class 'c'"),
     (lambda root: shutil.rmtree(root / "test" / "b"), "test/b holds no images of class 'b'"),
-    (lambda root: shutil.rmtree(root / "train"), "train is missing, or holds no .*: labelled images belong in .*/<class>/"),
+    (lambda root: shutil.rmtree(root / "train"), "train is missing, or holds no .*: labelled images belong in"),
     (lambda root: shutil.rmtree(root), "images' is neither 'stl10', 'cifar10', 'patterns' nor an existing folder")])
 def test_folders_that_are_no_dataset_are_named(tmp_path, spoil, message):
     root = write_folder(tmp_path / "images")

@@ -169,7 +169,7 @@ def test_changed_constants_and_images_are_named_and_refused(begun, capsys):
     Path("runs/parts/config.json").unlink()  # which loses nothing, and lets nothing be mixed up
     refused(capsys, train_byol, [*PARTS, "--seed", "9"], ".pt was made with other constants: SEED 0 -> 9; set")
     Image.new("RGB", (20, 20)).save("images/unlabeled/new.png")
-    refused(capsys, train_byol, PARTS, "has 21 images, and they are not the 20 that the run was begun with")
+    refused(capsys, train_byol, PARTS, "images no longer holds this run's images: bring them back")
 
 
 def test_another_spelling_of_a_path_changes_nothing(begun, capsys, monkeypatch):

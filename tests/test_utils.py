@@ -129,7 +129,7 @@ def test_wrong_flags_are_named():
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "/tmp/x", "..", "a\n", "x" * 101])
 def test_a_run_name_cannot_leave_the_runs_folder(name):
-    with pytest.raises(UserError, match="no run name"):
+    with pytest.raises(UserError, match="is not a valid name"):
         utils.run_folder("good", name)
 
 
