@@ -105,6 +105,19 @@ def test_comparisons_that_cannot_be(begun, capsys, argv, message):
     refused(capsys, train_classifier, [*COMPARE, *argv.split()], message)
 
 
+def test_a_file_that_vanishes_after_it_was_listed_ends_in_one_line(begun, capsys, monkeypatch):
+    image_files = data.image_files
+
+    def without_the_first(top, others):
+        files = image_files(top, others)
+        files[0].unlink()
+        return files
+
+    monkeypatch.setattr(data, "image_files", without_the_first)
+    refused(capsys, train_byol, ANEW, "cannot read or write ", "0.png (No such file or directory)")
+    assert "No such file" in data.decode_image(Path("gone.png"), 16), "while it decodes: an image that cannot be read"
+
+
 def test_folders_that_cannot_be(begun, capsys, monkeypatch):
     for folder, needle in (("empty", "empty' has neither unlabeled/ nor train/"),
                            ("empty/unlabeled", "empty/unlabeled holds no images"),
