@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import byol
 import evaluate
+import features
 from conftest import small_encoder
 from data import draw_patterns, load_split
 from evaluate import extract_features, fit_logistic, gain_interval, knn_predict, linear_probe, percent, verdict
@@ -188,3 +189,10 @@ def test_the_verdict_tells_gained_from_lost_and_from_neither():
         "to 50.4%, by +0.4 ± 1.7 (95%): 1,000 held-out images cannot tell this from chance")
     assert "by -100.0 ± 100.0 (95%): 1 held-out image cannot tell" in verdict("kNN", before[:1], gained[:1])
     assert "went from" not in (changed := verdict("kNN", before, before[:999])) and "images have changed" in changed
+
+
+def test_features_are_scored_on_images_that_are_held_out_each_once(generator):
+    labels = torch.arange(100) % 2
+    noise = torch.randn(100, 8, generator=generator)
+    assert features.score(noise + 9 * F.one_hot(labels, 8), labels, budget=20) == (100.0, 100.0)
+    assert all(30 < accuracy < 70 for accuracy in features.score(noise, labels, budget=20)), "nothing leaks"

@@ -34,7 +34,7 @@ def test_pictures_files_and_headings_that_the_pages_name_exist(page):
 @pytest.mark.parametrize("page", ["README.md", "RESULTS.md"])
 def test_the_pages_commands_are_understood(page):
     commands = re.findall(r"python (train_\w+\.py)((?: [^\s&|`;…]+)*)", (ROOT / page).read_text())
-    assert len(commands) > 4
+    assert commands
     for script, flags in commands:
         read_constants(vars(SCRIPTS[script]), shlex.split(flags.replace("$S", "0")))
 
