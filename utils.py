@@ -17,13 +17,13 @@ import sysconfig
 import time
 from datetime import timedelta
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from tqdm import tqdm
 
@@ -339,7 +339,7 @@ def environment(device: torch.device) -> dict:
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu[1] if cpu else platform.machine()
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision"),
             "device": str(device), "hardware": hardware, "threads": torch.get_num_threads(),
             "world_size": rank_and_world()[1]}
 

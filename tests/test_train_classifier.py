@@ -130,7 +130,7 @@ def test_stl10s_folds_are_subsets_and_the_classifier_loads_into_torchvision(tmp_
     write_stl10(tmp_path / "data")
     for script in (train_byol, train_classifier):
         monkeypatch.setattr(script, "build_encoder", encoders.build_encoder)
-    pretrain("--dataset", "stl10", "--image-size", "32", "--batch-size", "15")
+    pretrain("--dataset", "stl10", "--batch-size", "15")
     subsets = calls_of(monkeypatch, "fine_tune", lambda setup, weights, subset, *rest: subset.tolist())
     assert compare("--seeds", "9,2", "--epochs", "1", "--labels-per-class", "fold") == 0
     assert subsets == [load_folds("data", 20)[seed].tolist() for seed in (9, 9, 2, 2)]
