@@ -105,7 +105,7 @@ def test_comparisons_that_cannot_be(begun, capsys, argv, message):
     refused(capsys, train_classifier, [*COMPARE, *argv.split()], message)
 
 
-def test_a_file_that_vanishes_after_it_was_listed_ends_in_one_line(begun, capsys, monkeypatch):
+def test_a_file_that_vanishes_and_a_disk_without_mmap_end_in_one_line(begun, capsys, monkeypatch):
     image_files = data.image_files
 
     def without_the_first(top, others):
@@ -113,9 +113,12 @@ def test_a_file_that_vanishes_after_it_was_listed_ends_in_one_line(begun, capsys
         files[0].unlink()
         return files
 
-    monkeypatch.setattr(data, "image_files", without_the_first)
-    refused(capsys, train_byol, ANEW, "cannot read or write ", "0.png (No such file or directory)")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "image_files", without_the_first)
+        refused(capsys, train_byol, ANEW, "cannot read or write ", "0.png (No such file or directory)")
     assert "No such file" in data.decode_image(Path("gone.png"), 16), "while it decodes: an image that cannot be read"
+    monkeypatch.setattr(np, "memmap", Mock(side_effect=OSError(errno.ENODEV, "No such device", "a.bin")))
+    refused(capsys, train_byol, ANEW, "cannot read or write a.bin (No such device)")
 
 
 def test_folders_that_cannot_be(begun, capsys, monkeypatch):
