@@ -6,7 +6,6 @@ kind; with 0 it is one without AVX512, too.
 """
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Callable
 
@@ -14,15 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import encoders  # noqa: E402
-import evaluate  # noqa: E402
-import plots  # noqa: E402
-import utils  # noqa: E402
+import encoders
+import evaluate
+import plots
+import utils
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs start with Ctrl-C ignored
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # unset, each run would try which number is best
+os.environ["OMP_NUM_THREADS"] = "1"  # several tests run side by side: see pytest.ini
+torch.set_num_threads(1)
 
 TEST_BF16, has_native_bf16 = os.environ.get("TEST_BF16"), utils.has_native_bf16
 if TEST_BF16 is not None:
