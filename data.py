@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from itertools import chain, pairwise
 from pathlib import Path
@@ -57,12 +57,12 @@ def load_split(dataset: str, split: str, data_root: str, size: int, max_unreadab
     """One split ("unlabeled", "train" or "test") of "stl10", "cifar10", "patterns" or a folder. size: pixels a side.
     The unlabeled images of the first two keep their own, as views are cut to size anyway. max_unreadable: share of a
     folder's images that may be. None where a folder lacks the split. Raises UserError for data that cannot be used."""
+    root = Path(data_root)
     if dataset in ("stl10", "cifar10"):
-        images = (load_stl10 if dataset == "stl10" else load_cifar10)(split, Path(data_root))
-        side = images.pixels.shape[-1]
-        if split == "unlabeled" or side == size:
-            return images
-        if side < size:
+        images = load_stl10(split, root) if dataset == "stl10" else load_cifar10(split != "test", root)
+        if split == "unlabeled":
+            return images._replace(labels=None)
+        if (side := images.pixels.shape[-1]) < size:
             say(f"IMAGE_SIZE {size} enlarges the images: they have {side} pixels a side")
         pixels = tv.resize(images.pixels.contiguous(), [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
         return images._replace(pixels=pixels)
@@ -70,7 +70,7 @@ def load_split(dataset: str, split: str, data_root: str, size: int, max_unreadab
         return draw_patterns(PATTERN_COUNTS[split], size, seeded_generator(0, "patterns", split))  # whatever the SEED
     if not Path(dataset).is_dir():
         raise UserError(f"DATASET {dataset!r} is neither 'stl10', 'cifar10', 'patterns' nor an existing folder")
-    return load_folder(Path(dataset), split, Path(data_root), size, max_unreadable)
+    return load_folder(Path(dataset), split, root, size, max_unreadable)
 
 
 def load_for_pretraining(dataset: str, *rest: Any) -> tuple[Split, Split | None]:
@@ -98,15 +98,16 @@ def load_stl10(split: str, root: Path) -> Split:
     return Split(pixels, labels - 1, STL10_CLASSES)
 
 
-def load_cifar10(split: str, root: Path) -> Split:
-    """CIFAR-10, which torchvision downloads (170 MB) and checks. Its training images are the unlabeled ones, too."""
+@cache  # the training images are the unlabeled ones, too
+def load_cifar10(train: bool, root: Path) -> Split:
+    """CIFAR-10's training or test images, which torchvision downloads (170 MB) and checks."""
     try:
-        images = CIFAR10(str(root), train=split != "test", download=True)
+        images = CIFAR10(str(root), train, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"CIFAR-10 could not be downloaded ({one_line(error)}): put {CIFAR10.filename} into {root}, or "
                         "try --demo") from error
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
-    return Split(pixels, None if split == "unlabeled" else torch.tensor(images.targets), images.classes)
+    return Split(pixels, torch.tensor(images.targets), images.classes)
 
 
 def load_folds(data_root: str, n: int) -> list[Tensor]:

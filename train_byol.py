@@ -238,13 +238,10 @@ def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) ->
         raise UserError(f"BATCH_SIZE {c.BATCH_SIZE} does not divide into {world} equal parts of at least 2 images")
     c.IMAGES, c.LABELLED = unlabeled.stamp(), labelled.stamp() if labelled else ""
     if state and state["constants"]["IMAGES"] != c.IMAGES:
-        raise UserError(f"DATASET {c.DATASET} no longer holds this run's images: bring them back, or choose another RUN")
+        raise UserError(f"DATASET {c.DATASET} no longer holds the run's images: bring them back, or choose another RUN")
     if state and state["world_size"] != world:
         say(f"begun by {state['world_size']} processes, continued by {world}: from here on the random views differ")
-    pixels = place(unlabeled.pixels, device)
-    if labelled:
-        labelled = labelled._replace(pixels=pixels if labelled is unlabeled else place(labelled.pixels, device))
-    return pixels, labelled
+    return place(unlabeled.pixels, device), labelled
 
 
 def begin_folder(c: SimpleNamespace, folder: Path, images: Tensor, device: torch.device) -> None:

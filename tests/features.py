@@ -2,7 +2,7 @@
 
     python tests/features.py FOLDER IMAGE_SIZE INIT...     INIT: random, or a file such as runs/byol/encoder.pt
 
-Prints for each INIT the accuracy in percent of a linear probe and of kNN at 10, 50 and 400 labels a class, and the rank.
+Prints for each INIT the accuracy in percent of a linear probe and of kNN at 10, 50 and 400 labels a class, and a rank.
 No test image is opened.
 """
 import sys

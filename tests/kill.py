@@ -36,7 +36,7 @@ def kill_often(command: list[str], folder: Path, moments: list[str], seconds: fl
     AssertionError where a killed run ends otherwise than the whole one."""
     rng = random.Random(0)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as a user's shell
-    environment.setdefault("OMP_NUM_THREADS", "1")  # runs are equal bit for bit at equally many threads; two run at once
+    environment.setdefault("OMP_NUM_THREADS", "1")  # equal bit for bit at equally many threads; two run at once
     counts = dict(killed=0, starting=0, training=0, writing=0, continued=0, runs=0)
     whole = subprocess.Popen([*command, "--run", "whole"], cwd=folder, stdout=subprocess.DEVNULL, env=environment)
     while True:

@@ -48,16 +48,6 @@ def test_weights_of_the_other_stem_are_refused(tmp_path, own, other):
         build_encoder("resnet18", str(tmp_path / "weights.pt"), 1, other)
 
 
-def test_encoder_from_a_weights_file_with_or_without_classifier(tmp_path):
-    weights = torchvision.models.resnet18().state_dict()
-    bare = {name: weight for name, weight in weights.items() if not name.startswith("fc.")}
-    for content in (weights, bare):
-        torch.save(content, tmp_path / "weights.pt")
-        encoder, _ = build_encoder("resnet18", str(tmp_path / "weights.pt"), seed=0)
-        assert encoder.state_dict().keys() == bare.keys()
-        assert all(torch.equal(weight, bare[name]) for name, weight in encoder.state_dict().items())
-
-
 def test_an_unknown_encoder_is_named_with_the_nearest():
     for name, message in (("resnet19", ": did you mean resnet1"), ("vgg16", ": it must be a ResNet of torchvision")):
         with pytest.raises(UserError, match=f"ENCODER '{name}' is unknown{message}"):
@@ -82,6 +72,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_named(tmp_path):
             ({"model": {}, "step": 3}, "holds no state dict"), ([torch.ones(1)], "holds no state dict"),
             ({"net": {"backbone." + name: value for name, value in whole.items()}}, "do not fit .* of net backbone"),
             ({"q": own, "k": own}, r"holds the weights of several networks \(k, q\): save one alone"),
+            ({**own, "conv1.weight": torch.ones(64, 1, 7, 7)}, "do not fit ENCODER: 1 tensors .* conv1.weight"),
             ({**own, "projector.weight": torch.ones(1)}, "do not fit ENCODER: 1 tensors .* projector.weight"),
             ({**own, "conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, "holds weights that are not fin")]:
         file = tmp_path / "weights.pt"
@@ -109,15 +100,6 @@ def test_weights_are_found_in_one_container_and_behind_one_prefix(tmp_path, caps
     assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
     place = f"{container} {prefix}".strip()
     assert capsys.readouterr().out == f"taking the weights of {place} from {tmp_path / 'x.pt'}\n" * bool(place)
-
-
-def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("<urlopen error [Errno 101] Network is unreachable>")
-
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
-    with pytest.raises(UserError, match="INIT 'imagenet'.*resnet18 .*unreachable.*set INIT to 'random'"):
-        build_encoder("resnet18", "imagenet", 0)
 
 
 def test_the_exported_weights_have_plain_memory_and_digests_tell_files_apart(tmp_path):

@@ -75,15 +75,12 @@ def refused(capsys, script, argv, *needles):
 @pytest.mark.parametrize("run", ["tiny", "new"])
 @pytest.mark.parametrize("argv, message", [
     ("--dataset stl11", "/stl11' is neither 'stl10', 'cifar10', 'patterns' nor an existing folder"),
-    ("--epochs 0", "EPOCHS is 0"),
     ("--batch-size 0", "BATCH_SIZE is 0: it must be a whole number at least 2 (--batch-size)"),
-    ("--batch-size 8.5", "BATCH_SIZE is 8.5: it must be a whole number"), ("--jitter 9", "JITTER is 9"),
-    ("--batch-size 21", "BATCH_SIZE is 21, but there are only 20 images"), ("--image-size 15", "IMAGE_SIZE is 15"),
-    ("--batchnorm frozen", "BATCHNORM is frozen, but INIT random"), ("--crop-area 0", "CROP_AREA is 0"),
-    ("--learning-rate nan", "LEARNING_RATE is nan"), ("--learning-rate fast", "LEARNING_RATE is fast"),
-    ("--base-decay 1.5", "BASE_DECAY is 1.5: it must be a number from 0 to 1 or auto"), ("--blur-p 1", "BLUR_P"),
+    ("--batch-size 21", "BATCH_SIZE is 21, but there are only 20 images"),
+    ("--batchnorm frozen", "BATCHNORM is frozen, but INIT random"),
+    ("--base-decay 1.5", "BASE_DECAY is 1.5: it must be a number from 0 to 1 or auto"),
     ("--x", "unknown flag --x"), ("--epoch 3", "unknown flag --epoch: did you mean --epochs"),
-    ("--precision fp8", "PRECISION is fp8"), ("--batchnorm no", "BATCHNORM is no: it must be auto or batch or frozen"),
+    ("--batchnorm no", "BATCHNORM is no: it must be auto or batch or frozen"),
     ("--device tpu", "DEVICE 'tpu' cannot be used"),
     (f"--device cuda:{torch.cuda.device_count()}", "DEVICE 'cuda:"), ("--encoder vgg11", "ENCODER 'vgg11' is unknown"),
     ("--run ../../etc", "RUN '../../etc' is not a valid name"), ("--run none", "RUN none is not possible"),
@@ -97,9 +94,7 @@ def test_constants_that_cannot_be(begun, capsys, monkeypatch, run, argv, message
     ("--run tiny,tiny", "RUN is tiny,tiny: it must be "), ("--run tiny,../x", "RUN '../x' is not a valid name"),
     ("--run parts", "runs/parts has no encoder.pt yet"), ("--run none --dataset nowhere", "/nowhere' is neither"),
     ("--seeds 0,a", "a: it must be a whole number at least 0"), ("--controls", "unknown flag --controls"),
-    ("--learning-rate 0.1,-1", "-1: it must be a number at least 0"), ("--seeds 0 1", "1 belongs to no flag: separate"),
-    ("--epochs 0", "EPOCHS is 0"),
-    ("--labels-per-class 0", "LABELS_PER_CLASS is 0"), ("--labels-per-class 11", "'a' has only 10 training images"),
+    ("--seeds 0 1", "1 belongs to no flag: separate"), ("--labels-per-class 11", "'a' has only 10 training images"),
     ("--crop-area 0.9 --epochs 5", "results.json was made with other constants: CROP_AREA 0.3 -> 0.9; set them back")])
 def test_comparisons_that_cannot_be(begun, capsys, argv, message):
     refused(capsys, train_classifier, [*COMPARE, *argv.split()], message)
@@ -143,19 +138,6 @@ def test_folders_that_cannot_be(begun, capsys, monkeypatch):
         refused(capsys, train_byol, ANEW, f"cannot read or write {begun}/{blocked} (Permission denied)")
 
 
-def test_broken_images_among_many_are_skipped_and_named(tmp_path, small, capsys):
-    write_folder(tmp_path / "images", unlabeled=400)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save("whole.png")
-    Image.new("RGB", (20, 20)).save("x.ico")
-    for i, content in enumerate((b"", b"no image", Path("whole.png").read_bytes()[:2000], Path("x.ico").read_bytes())):
-        Path(f"images/unlabeled/some/depth/{i}.png").write_bytes(content)
-    assert train_byol.main(PARTS) == 0
-    out = capsys.readouterr().out
-    listed = next(Path("data/cache").glob("*.unreadable.txt")).read_text()
-    assert "skipped: 4 of 400 images" in out and all(f"/{i}.png: " in listed for i in range(4))
-    assert "BYOL: 396 images" in out
-
-
 def test_stl10_files_that_cannot_be(begun, capsys, monkeypatch):
     argv, folder = [*ANEW, "--dataset", "stl10", "--image-size", "32"], Path("data/stl10_binary")
     folds = [*COMPARE, "--run", "none", "--dataset", "stl10", "--init", "random", "--labels-per-class", "fold"]
@@ -185,7 +167,7 @@ def test_changed_constants_and_images_are_named_and_refused(begun, capsys):
     Path("runs/parts/config.json").unlink()  # which loses nothing, and lets nothing be mixed up
     refused(capsys, train_byol, [*PARTS, "--seed", "9"], ".pt was made with other constants: SEED 0 -> 9; set")
     Image.new("RGB", (20, 20)).save("images/unlabeled/new.png")
-    refused(capsys, train_byol, PARTS, "images no longer holds this run's images: bring them back")
+    refused(capsys, train_byol, PARTS, "images no longer holds the run's images: bring them back")
 
 
 def test_another_spelling_of_a_path_changes_nothing(begun, capsys, monkeypatch):

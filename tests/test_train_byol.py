@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
 import train_byol
 import train_classifier
@@ -20,9 +19,7 @@ import utils
 from byol import BYOL, build_optimizer
 from conftest import small_encoder, trace_compiled
 from data import batch_indices, load_split
-from encoders import build_encoder
-from evaluate import extract_features
-from test_data import write_folder, write_stl10
+from test_data import write_folder
 from utils import read_constants, seeded_generator, seeded_init
 from views import two_views
 
@@ -90,21 +87,6 @@ def test_a_run_fills_its_folder(tiny, drawn, capsys):
     out = capsys.readouterr().out
     assert "BYOL: 20 images, resnet18 (7x7) from random weights at 16 px, 2 epochs of 2 steps, on cpu in fp32" in out
     assert "epoch 2.00 of 2  loss" in out
-
-
-def test_stl10s_encoder_loads_into_plain_torchvision_and_gives_the_trained_features(tmp_path):
-    write_stl10(tmp_path / "data")
-    assert train_byol.main([*TINY, "--epochs", "1"]) == 0
-    assert [row["step"] for row in rows("byol")] == ["0", "2", "3"]
-    network = torchvision.models.resnet18()
-    missing, unexpected = network.load_state_dict(weights("byol"), strict=False)
-    assert sorted(missing) == ["fc.bias", "fc.weight"] and unexpected == []
-    network.fc = torch.nn.Identity()
-    (encoder, _), trained = build_encoder("resnet18", "random", 0), checkpoint("byol")["model"]
-    encoder.load_state_dict({name: trained[f"online_encoder.{name}"] for name in encoder.state_dict()})
-    pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(*(extract_features(e.to(memory_format=torch.channels_last), pixels, torch.device("cpu"), "fp32")
-                         for e in (network, encoder)))
 
 
 def test_runs_are_decided_by_the_seed(tiny):

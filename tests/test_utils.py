@@ -39,8 +39,7 @@ def help_of(script, capsys):
 
 
 def flag(name, value):
-    text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    return f"--{name.lower().replace('_', '-')}", text
+    return utils.flag(name), utils.as_text(value)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
