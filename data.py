@@ -129,7 +129,8 @@ def download_stl10(root: Path, missing: Path) -> None:
     archive = root / STL10.filename
     try:
         was_there = archive.exists()
-        say(f"unpacking {archive}" if was_there else f"downloading STL-10 (2.6 GB, once) to {root}")
+        say(f"unpacking {archive}" if was_there else "downloading STL-10 (2.6 GB, once); if it breaks, complete it by "
+            f"curl -C - -o {archive} {STL10.url}")
         if was_there and not check_integrity(str(archive), STL10.tgz_md5):
             raise UserError(f"{archive} is torn: delete it, or complete it by curl -C - -o {archive} {STL10.url}")
         download_and_extract_archive(STL10.url, str(root), str(unpacking), STL10.filename, STL10.tgz_md5,
@@ -309,7 +310,7 @@ def decode_image(file: Path, size: int, bits: int = 16) -> np.ndarray | int | st
             if image.mode.startswith("I"):  # convert("RGB") would clip it to white
                 pixels = np.asarray(image)
                 if (used := int(pixels.max()).bit_length()) > bits:
-                    return used
+                    return used + used % 2  # sensors have an even number: a darker split has the same scale
                 image = Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
             elif image.mode == "F":
                 return "its pixels are floating-point numbers, whose range is unknown"

@@ -11,6 +11,7 @@ from byol import effective_rank
 from utils import autocast, count, seeded_generator
 from views import normalize
 
+MONITOR_IMAGES = 5000  # at most; with CIFAR-10's 50,000 it would take several times as long as an epoch on a GPU
 MONITOR_PENALTY = 0.1  # of the monitor's probe; the best of six for random and for good weights, 4,000 images
 PROBE_PENALTIES = tuple(10.0 ** e for e in range(-3, 2))  # L2 penalties that the linear probe chooses from
 
@@ -92,9 +93,9 @@ def fifths(labels: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
 def monitor(encoder: nn.Module, pixels: Tensor, labels: Tensor, seed: int, device: torch.device,
             precision: str) -> dict[str, Tensor]:
     """Which of 20% of labelled images kNN and a linear probe get right from the other 80%: `knn` and `probe`, bool [M].
-    And the effective `rank` of all their features. pixels: uint8 [N,3,S,S]."""
-    order = torch.randperm(len(labels), generator=seeded_generator(seed, "monitor"))
-    features, labels = extract_features(encoder, pixels, device, precision).cpu()[order], labels[order]
+    And the effective `rank` of all their features. Takes MONITOR_IMAGES at random of more. pixels: uint8 [N,3,S,S]."""
+    order = torch.randperm(len(labels), generator=seeded_generator(seed, "monitor"))[:MONITOR_IMAGES]
+    features, labels = extract_features(encoder, pixels[order], device, precision).cpu(), labels[order]
     (bank, queries), (known, truth) = (x.tensor_split([int(0.8 * len(x))]) for x in (features, labels))
     classes = int(labels.max()) + 1
     probe = fit_logistic(bank, known, classes, MONITOR_PENALTY)

@@ -118,17 +118,19 @@ def pretrain(c: SimpleNamespace) -> None:
         if rank == 0:
             begin_folder(c, folder, images, device)
         score = partial(monitor, pixels=labelled.pixels, labels=labelled.labels, seed=c.SEED, device=device,
-                        precision=c.PRECISION) if labelled else None
+                        precision=c.PRECISION) if labelled and rank == 0 else None
         if score and state["step"] == 0:  # what BYOL has to rise above
             state["before"] = score(model.online_encoder)
             log(c, state, {"step": 0, "epoch": 0} | scores_of(state["before"]), ending="before the first step")
         train(c, folder, state, images, model, optimizer, score)
         if rank == 0:
+            write_rows(folder, state["rows"], c)
             save_torch(folder / "encoder.pt", plain_state_dict(model.online_encoder))  # the sign of a finished run
     for name, protocol in (("knn", "kNN"), ("probe", "linear probe")) if {"before", "after"} <= state.keys() else ():
         say(verdict(protocol, state["before"][name], state["after"][name]))
     flags = ["--demo"] * c.demo + ["--run", c.RUN] * (c.RUN != DEMO["RUN"] or not c.demo)
     flags += ["--data-root", c.DATA_ROOT] * (c.DATA_ROOT != KINDS["DATA_ROOT"]("data"))
+    flags += ["--max-unreadable", str(c.MAX_UNREADABLE)] * (c.MAX_UNREADABLE != 0.01)
     say(f"the encoder is in {folder / 'encoder.pt'}; next: python train_classifier.py {shlex.join(flags)}")
 
 
@@ -142,7 +144,7 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
     compiled = compiler(device, total_steps - state["step"])
     draw, network = compiled(render_views), compiled(model) if world == 1 else distribute(model, device)
     indices = batch_indices(c.SEED, "order", len(images), c.BATCH_SIZE, state["step"], total_steps, rank, world)
-    line_due, figure_due, checkpoint_due = timer(30), timer(60), timer(60 * c.CHECKPOINT_MINUTES)
+    line_due, checkpoint_due = timer(30), timer(60 * c.CHECKPOINT_MINUTES)
     losses, signals = [], []  # losses: those that the host has not read yet
     with on_signals(signals), progress(total=total_steps * c.BATCH_SIZE, initial=state["step"] * c.BATCH_SIZE,
                                        unit="image", unit_scale=True) as bar:
@@ -166,8 +168,6 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
                     row |= scores_of(state["after"])
                 minutes = (total_steps - step) * c.BATCH_SIZE / speed / 60
                 log(c, state, row, epoch_ends or bar.disable and line_due(), f"{minutes:.0f} min left" * (minutes > 0))
-                if rank == 0 and figure_due():
-                    write_rows(folder, state["rows"], c)
                 first_step, start = step, time.monotonic()
             signum = any_process(max(signals, default=0), device) if world == 1 or step % c.LOG_EVERY == 0 else 0
             if signum or step == total_steps or checkpoint_due():
@@ -175,10 +175,9 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
                 if rank == 0:
                     weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     save_torch(folder / "checkpoint.pt", state | weights)
+                    write_rows(folder, state["rows"], c)
             if signum:
                 break
-    if rank == 0:
-        write_rows(folder, state["rows"], c)
     if state["step"] < total_steps:
         raise KeyboardInterrupt(signum, f"after step {state['step']} of {total_steps}")
 
@@ -239,6 +238,9 @@ def load_images(c: SimpleNamespace, device: torch.device, state: dict | None) ->
     c.IMAGES, c.LABELLED = unlabeled.stamp(), labelled.stamp() if labelled else ""
     if state and state["constants"]["IMAGES"] != c.IMAGES:
         raise UserError(f"DATASET {c.DATASET} no longer holds the run's images: bring them back, or choose another RUN")
+    step = state["step"] if state else 0
+    if any_process(step, device) != step:
+        raise UserError(f"another process continues from a checkpoint that this one lacks: share {run_folder(c.RUN)}")
     if state and state["world_size"] != world:
         say(f"begun by {state['world_size']} processes, continued by {world}: from here on the random views differ")
     return place(unlabeled.pixels, device), labelled
@@ -261,14 +263,9 @@ def read_losses(state: dict, losses: list[Tensor], model: BYOL | None = None) ->
     """Bring the losses to the host, which waits for the device here alone. Raises UserError for what is not finite."""
     state["losses"] += torch.stack(losses).tolist() if losses else []
     losses.clear()
-    first = state["step"] - len(state["losses"]) + 1
-    sick = [f"the loss is no longer finite at step {step}" for step, loss in enumerate(state["losses"], first)
-            if not isfinite(loss)]
-    if model and not all(p.isfinite().all() for p in model.parameters()):
-        sick.append(f"weights are no longer finite after step {state['step']}")
-    if sick:
-        raise UserError(f"{sick[0]}: begin a RUN with a lower LEARNING_RATE, longer WARMUP_EPOCHS or PRECISION fp32; "
-                        "the last checkpoint is kept")
+    if not all(map(isfinite, state["losses"])) or model and not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"losses or weights are no longer finite at step {state['step']}: begin a RUN with a lower "
+                        "LEARNING_RATE, longer WARMUP_EPOCHS or PRECISION fp32; the last checkpoint is kept")
 
 
 def write_rows(folder: Path, rows: list[dict[str, float]], c: SimpleNamespace) -> None:

@@ -124,6 +124,10 @@ def compare(c: SimpleNamespace) -> None:
             f"{Path(c.INIT).name} weights at {c.IMAGE_SIZE} px, on {device} in {c.PRECISION}{threads}\n"
             f"{count(len(missing), 'training')} of {count(steps, 'step')} to do")
         setup = build_setup(c, train, test, device, len(missing) * steps)
+        for arm in arms:  # whose weights could be wrong: nothing is deleted before
+            frozen_encoder(setup, arm, c.SEEDS[0])
+        for name in ("results.json", "classifier.pt", "label_efficiency.png", "neighbors.png") if c.overwrite else ():
+            (folder / name).unlink(missing_ok=True)
         while missing:
             training = missing[0]
             records[training], network = run_training(setup, training)
@@ -339,9 +343,7 @@ def open_results(c: SimpleNamespace, folder: Path, train: Split, test: Split) ->
     inputs = {f"encoder.pt (number {i} of RUN)": digest_of(file) for i, file in enumerate(encoders)}
     inputs |= {"INIT": digest_of(c.INIT), "train/ of DATASET": train.stamp(), "test/ of DATASET": test.stamp()}
     file = folder / "results.json"
-    for name in ("results.json", "classifier.pt", "label_efficiency.png", "neighbors.png") if c.overwrite else ():
-        (folder / name).unlink(missing_ok=True)
-    if not file.exists():
+    if c.overwrite or not file.exists():
         return {"version": VERSION, "inputs": inputs, "constants": constants_of(c), "records": []}
     results = read_json(file, "inputs")
     before = {"version of this code": results.get("version")} | results["inputs"]

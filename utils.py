@@ -47,14 +47,15 @@ def run_script(work: Callable[[SimpleNamespace], None], script: dict, argv: list
         # A log file shows each line as it comes, and a terminal any name that a file may have.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
-    again = " without --overwrite" * ("--overwrite" in (sys.argv if argv is None else argv))
+    again = ("starts anew; without --overwrite it continues what is there"
+             if "--overwrite" in (sys.argv if argv is None else argv) else "continues from there")
     try:
         try:
             with on_signals():
                 work(read_constants(script, argv))
         except KeyboardInterrupt as stop:  # on_signals' or the training's: what was saved is whole
             signum, when = stop.args
-            say(f"stopped {when}: the same command{again} continues from there")
+            say(f"stopped {when}: the same command {again}")
             return 128 + signum
         if dist.is_initialized():  # after an error others may still wait for this process: torchrun ends those
             dist.destroy_process_group()

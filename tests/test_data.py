@@ -197,6 +197,8 @@ def test_gray_images_of_more_than_8_bits_share_the_scale_of_the_one_that_uses_th
     expected = torch.from_numpy(ramp / 257).float()
     for image, scale in zip(pixels, (1 / 4, 1, 1)):
         torch.testing.assert_close(image, expected * scale, atol=2, rtol=0)
+    Image.fromarray(ramp >> 5).save(tmp_path / "x.png")
+    assert decode_image(tmp_path / "x.png", 64, bits=8) == 12, "a darker split of the same sensor uses 11 of its 12"
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "x.tif")
     assert "floating-point" in decode_image(tmp_path / "x.tif", 64), "its range is anybody's guess"
 

@@ -80,6 +80,7 @@ def refused(capsys, script, argv, *needles):
     ("--batchnorm frozen", "BATCHNORM is frozen, but INIT random"),
     ("--base-decay 1.5", "BASE_DECAY is 1.5: it must be a number from 0 to 1 or auto"),
     ("--x", "unknown flag --x"), ("--epoch 3", "unknown flag --epoch: did you mean --epochs"),
+    ("--epochs", "EPOCHS expected one argument (--epochs)"),
     ("--batchnorm no", "BATCHNORM is no: it must be auto or batch or frozen"),
     ("--device tpu", "DEVICE 'tpu' cannot be used"),
     (f"--device cuda:{torch.cuda.device_count()}", "DEVICE 'cuda:"), ("--encoder vgg11", "ENCODER 'vgg11' is unknown"),
@@ -254,22 +255,32 @@ def test_a_finished_run_stays_finished_without_its_checkpoint(begun, capsys):
     refused(capsys, train_byol, [*FINISHED, "--seed", "7"], "config.json was made with other constants: SEED 0 -> 7")
 
 
-@pytest.mark.parametrize("flags, sick, message", [
-    ([], "loss", "the loss is no longer finite at step 4"),
-    ([], "weights", "weights are no longer finite after step 4"),
-    (["--overwrite"], "weights", "weights are no longer finite after step 1")])
-def test_what_is_not_finite_ends_the_run_and_is_never_saved(begun, monkeypatch, capsys, flags, sick, message):
+@pytest.mark.parametrize("flags, sick, step", [([], "loss", 4), ([], "weights", 4), (["--overwrite"], "weights", 1)])
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(begun, monkeypatch, capsys, flags, sick, step):
     """At an epoch's end, and where a checkpoint is due."""
     file = Path("runs/parts/checkpoint.pt")
     before = not flags and file.read_bytes()
 
     def ails(network, model, *rest):
-        next(model.parameters()).data.fill_(float("inf"))
+        next(model.parameters()).data.fill_(float("inf") if sick == "weights" else 1)
         return torch.tensor(float("nan") if sick == "loss" else 1.0)
 
     monkeypatch.setattr(train_byol, "train_step", ails)
-    assert train_byol.main([*PARTS, *flags]) == 1 and f"{message}: begin a RUN with a lower" in capsys.readouterr().err
+    assert train_byol.main([*PARTS, *flags]) == 1
+    assert f"losses or weights are no longer finite at step {step}: begin a RUN with a lower" in capsys.readouterr().err
     assert (file.exists() and file.read_bytes()) == before and not Path("runs/parts/encoder.pt").exists()
+
+
+def test_processes_that_do_not_share_a_run_are_refused(begun, capsys, monkeypatch):
+    monkeypatch.setattr(train_byol, "any_process", lambda here, device: 3)
+    refused(capsys, train_byol, [*PRETRAIN, "new"], "another process continues from a checkpoint that this one lacks")
+    assert train_byol.main(PARTS) == 0, "which both of them have"
+
+
+def test_a_comparison_is_deleted_when_the_weights_for_another_could_be_read(begun, capsys, monkeypatch):
+    Path("runs/tiny/encoder.pt").write_bytes(b"torn")
+    monkeypatch.setattr(train_classifier, "build_encoder", encoders.build_encoder)
+    refused(capsys, train_classifier, [*COMPARE, "--overwrite"], "encoder.pt is not a weights file")
 
 
 def test_collapse_is_warned_of_once_also_where_the_run_is_continued(begun, monkeypatch, capsys):
@@ -346,9 +357,10 @@ sys.stdin.read()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 def test_a_signal_before_the_training_changes_nothing(begun, monkeypatch, capsys, where):
     before = everything()
     monkeypatch.setattr(train_byol, where, lambda *args: os.kill(os.getpid(), signal.SIGINT) or 1 / 0)
-    for flags, how in ((["--overwrite"], " without --overwrite"), ([], "")):
+    for flags, how in ((["--overwrite"], "starts anew; without --overwrite it continues what is there"),
+                       ([], "continues from there")):
         assert train_byol.main([*PARTS, *flags]) == 130
-        assert capsys.readouterr().out == f"stopped at once: the same command{how} continues from there\n"
+        assert capsys.readouterr().out == f"stopped at once: the same command {how}\n"
     assert train_byol.main([*PRETRAIN, "new"]) == 130 and everything() == before
 
 

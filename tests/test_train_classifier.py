@@ -270,7 +270,7 @@ def test_a_stopped_comparison_goes_on_at_the_first_missing_training(pretrained, 
     whole, steps = results()["records"], itertools.count(1)
     calls_of(monkeypatch, "set_learning_rate", lambda *a: next(steps) == 10 and os.kill(os.getpid(), signal.SIGTERM))
     assert compare("--overwrite") == 143 and results()["records"] == whole[:2], "in the third of six trainings"
-    assert capsys.readouterr().out.endswith("at once: the same command without --overwrite continues from there\n")
+    assert capsys.readouterr().out.endswith("the same command starts anew; without --overwrite it continues what is there\n")
     assert compare() == 0 and next(steps) == 10 + 4 * 4 + 1
     assert results()["records"] == whole, "its seeds alone decide what comes out"
 
@@ -478,4 +478,4 @@ def test_every_fine_tuning_starts_from_the_very_encoder_and_is_tested_once_at_it
     expected = sum(([weights] * 2 + [exported] * 2 for weights in baseline), [])
     assert len(starts) == 8 and all(map(same, starts, expected))
     # Before it training and test images for the frozen protocols, once an encoder; after each the test images.
-    assert asked == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 7, 8]
+    assert asked == [0, 0, 0, 0, 1, 2, 3, 4, 4, 4, 5, 6, 7, 8]

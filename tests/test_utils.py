@@ -119,13 +119,6 @@ def test_constants_may_be_annotated_set_together_or_nothing(capsys):
         assert re.fullmatch(f"error: {name} .*None.*\n", capsys.readouterr().err)
 
 
-def test_wrong_flags_are_named():
-    for flags, message in ((["stray"], "stray belongs to no flag: separate several values by commas"),
-                           (["--epochs"], "EPOCHS expected one argument")):
-        with pytest.raises(UserError, match=message):
-            read_constants(vars(train_byol), flags)
-
-
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "/tmp/x", "..", "a\n", "x" * 101])
 def test_a_run_name_cannot_leave_the_runs_folder(name):
     with pytest.raises(UserError, match="is not a valid name"):
