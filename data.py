@@ -258,10 +258,10 @@ def decode_files(top: Path, files: list[Path], array: Path, size: int) -> dict[i
     say(f"decoding {count(len(files), 'image')} of {top}, once, into {needed / 1e9:.2f} GB")
     if needed > free:
         raise UserError(f"{array.parent} has {free / 1e9:.2f} GB free: make space, or choose another DATA_ROOT")
-    found = 8
-    while isinstance(found, int):
-        found = decode_with(found, top, files, array, size)
-    return found
+    bits = 8
+    while isinstance(unreadable := decode_with(bits, top, files, array, size), int):
+        bits = unreadable
+    return unreadable
 
 
 def decode_with(bits: int, top: Path, files: list[Path], array: Path, size: int) -> dict[int, str] | int:

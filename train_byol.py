@@ -82,7 +82,7 @@ KINDS = dict(DATASET=path("stl10", "cifar10", "patterns"), DATA_ROOT=path(), MAX
              LOG_EVERY=number(1, whole=True), CHECKPOINT_MINUTES=number(0))
 DEMO = dict(DATASET="patterns", IMAGE_SIZE=32, INIT="random", RUN="demo", EPOCHS=7, BATCH_SIZE=64)
 FREE = {"RUN", "DEVICE", "DATA_ROOT", "MAX_UNREADABLE", "CHECKPOINT_MINUTES", "LABELLED",
-        "DATASET", "IMAGES"}  # may change between a run and its continuation, but DATASET only its path
+        "DATASET", "IMAGES"}  # may change between a run and its continuation; load_images refuses other images
 COLUMNS = {  # of metrics.csv, and how a line shows them
     "step": "", "epoch": "", "loss": "loss {:.3f}", "learning_rate": "", "decay": "", "spread": "spread {:.3f}",
     "knn": "kNN {:.1f}%", "probe": "probe {:.1f}%", "rank": "rank {:.0f}", "images_per_second": "{:,.0f} images/s"}

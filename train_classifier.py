@@ -104,13 +104,13 @@ def compare(c: SimpleNamespace) -> None:
     """Train what is missing of every seed, arm and budget; leaves the table, results.json, classifier.pt, figures."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("the comparison is one process: start it without torchrun")
-    labelled = adopt_runs(c)
+    stamp = adopt_runs(c)
     c.EPOCHS = (40 if c.INIT == "random" else 10) if c.EPOCHS == "auto" else c.EPOCHS
     folder, device = run_folder(*c.RUN), select_device(c.DEVICE)
     c.PRECISION = select_precision(c.PRECISION, device)
     with only_writer(folder):
         train, test = (load_labelled(c, split, device) for split in ("train", "test"))
-        if labelled not in (None, train.stamp()):
+        if stamp not in (None, train.stamp()):
             raise UserError(f"DATASET {c.DATASET} has another train/ than that of {as_text(c.RUN)}: set it to run")
         check_constants(c, train)
         arms = [BASELINE] if c.RUN == ("none",) else [BASELINE, WITH_BYOL]
@@ -316,8 +316,8 @@ def load_labelled(c: SimpleNamespace, split: str, device: torch.device) -> Split
 
 def check_constants(c: SimpleNamespace, train: Split) -> None:
     """Raise UserError for constants that contradict each other. Budgets that a class cannot pay are left out."""
-    turns = {sum(seed % len(c.RUN) == i for seed in c.SEEDS) for i in range(len(c.RUN))}
-    if len(turns) > 1:
+    uses = {sum(seed % len(c.RUN) == i for seed in c.SEEDS) for i in range(len(c.RUN))}  # of each run
+    if len(uses) > 1:
         raise UserError(f"SEEDS {as_text(c.SEEDS)} do not use the runs {as_text(c.RUN)} equally often: seed "
                         f"s uses run number s modulo {len(c.RUN)}, counted from 0")
     if c.BATCH_SIZE > len(train.labels):
