@@ -270,7 +270,7 @@ def test_a_stopped_comparison_goes_on_at_the_first_missing_training(pretrained, 
     whole, steps = results()["records"], itertools.count(1)
     calls_of(monkeypatch, "set_learning_rate", lambda *a: next(steps) == 10 and os.kill(os.getpid(), signal.SIGTERM))
     assert compare("--overwrite") == 143 and results()["records"] == whole[:2], "in the third of six trainings"
-    assert capsys.readouterr().out.endswith("the same command starts anew; without --overwrite it continues what is there\n")
+    assert capsys.readouterr().out.endswith("starts anew; without --overwrite it continues what is there\n")
     assert compare() == 0 and next(steps) == 10 + 4 * 4 + 1
     assert results()["records"] == whole, "its seeds alone decide what comes out"
 
