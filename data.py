@@ -1,7 +1,7 @@
 """Every dataset as one uint8 array [N,3,S,S]: STL-10, CIFAR-10, a folder of one's own, or patterns drawn here.
 
-`load_split` is the way in. STL-10's files are memory-mapped as they are; a folder's images are decoded once into a
-cache that later runs map. An array larger than memory therefore costs address space only.
+`load_split` is the way in. STL-10's unlabeled images are memory-mapped as they are; a folder's images are decoded once
+into a cache that later runs map. An array larger than memory therefore costs address space only.
 """
 import os
 import shutil
@@ -128,11 +128,10 @@ def download_stl10(root: Path, missing: Path) -> None:
     unpacking = root / "stl10_unpacking"  # renamed when whole, so a torn unpacking is never taken for the data
     archive = root / STL10.filename
     try:
-        was_there = archive.exists()
-        say(f"unpacking {archive}" if was_there else "downloading STL-10 (2.6 GB, once); if it breaks, complete it by "
-            f"curl -C - -o {archive} {STL10.url}")
+        was_there, complete_it = archive.exists(), f"complete it by curl -C - -o {archive} {STL10.url}"
+        say(f"unpacking {archive}" if was_there else f"downloading STL-10 (2.6 GB, once); if it breaks, {complete_it}")
         if was_there and not check_integrity(str(archive), STL10.tgz_md5):
-            raise UserError(f"{archive} is torn: delete it, or complete it by curl -C - -o {archive} {STL10.url}")
+            raise UserError(f"{archive} is torn: delete it, or {complete_it}")
         download_and_extract_archive(STL10.url, str(root), str(unpacking), STL10.filename, STL10.tgz_md5,
                                      remove_finished=not was_there)
         shutil.copytree(unpacking / "stl10_binary", missing.parent, dirs_exist_ok=True, copy_function=os.replace)

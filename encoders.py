@@ -75,7 +75,7 @@ def find_weights(content: Any, wanted: dict[str, Tensor], init: str) -> dict[str
         raise UserError(f"{init} holds the weights of several networks ({', '.join(sorted(fitting))}): save one "
                         "alone (that of a run of ours is its encoder.pt)")
     place, (weights, wrong) = min(candidates.items(), key=lambda candidate: len(candidate[1][1]))
-    if wrong == ["conv1.weight"] and weights.get(*wrong, torch.empty(0, 1)).shape[1] == 3:  # not of gray images
+    if wrong == ["conv1.weight"] and wrong[0] in weights and weights[wrong[0]].shape[1] == 3:  # 1: of gray images
         raise UserError(f"the weights in {init} have another STEM: set it to the other one (--stem), or INIT to random")
     if wrong:
         raise UserError(f"the weights in {init} do not fit ENCODER: {len(wrong)} tensors{place and ' of ' + place} "

@@ -175,7 +175,8 @@ def train(c: SimpleNamespace, folder: Path, state: dict, images: Tensor, model: 
                 if rank == 0:
                     weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     save_torch(folder / "checkpoint.pt", state | weights)
-                    write_rows(folder, state["rows"], c)
+                    if step < total_steps:  # else `pretrain` does
+                        write_rows(folder, state["rows"], c)
             if signum:
                 break
     if state["step"] < total_steps:

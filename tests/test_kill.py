@@ -6,8 +6,7 @@ from test_data import write_folder
 from test_train_byol import REPOSITORY, TINY
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a small encoder's steps are fastest so
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path):
     write_folder(tmp_path / "images", per_class=5, unlabeled=200)
     script = tmp_path / "script.py"
     script.write_text(f"""
