@@ -65,7 +65,7 @@ def plot_curves(path: Path, rows: Sequence[dict[str, float]], c: SimpleNamespace
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.spines[["top", "right"]].set_visible(False)
         if "rank" in lines:
-            axis.set_ylim(0)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=8)
         if "spread" in lines:
